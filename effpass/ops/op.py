@@ -1,0 +1,320 @@
+"""What an Op is: a reference function that *is* the definition, and the implementations of it.
+
+``@op(axes=..., backward=...)`` on a reference makes a ``torch.library`` op of it: the schema comes
+from the annotations, the shape function from the axis string, the gradient from ``backward``.
+``implements(op, target=...)`` adds one implementation (a *lowering*). Called in eager mode an op
+takes the first implementation that does not refuse; in a compiled graph the choice is made once,
+when compiling (``effpass.graph.lower``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.axes.notation import Axes
+
+Refusal = Callable[..., str | None]
+OPS: dict[str, Op] = {}
+_LIBRARIES: dict[str, torch.library.Library] = {}
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One implementation of an op for one target.
+
+    ``forward`` takes the op's arguments and returns its outputs; ``backward`` takes one gradient an
+    output, then the op's arguments, and returns one tensor for each tensor argument (an empty
+    tensor where that argument is None or has no gradient). ``refuses`` takes the op's arguments
+    (perhaps fake) and answers None, or the reason why this implementation cannot run them.
+    ``overload`` is the registered torch op; ``covers`` names dtypes for the report.
+    """
+
+    target: str
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    refuses: Refusal
+    overload: Any = None
+
+
+@dataclass
+class Op:
+    """A named piece of mathematics; calling it checks the arguments and runs it."""
+
+    name: str
+    axes: Axes
+    reference: Callable[..., Any]
+    backward: Callable[..., Any]
+    state_dtype: Callable[[torch.dtype], torch.dtype]
+    check: Callable[..., None] | None
+    signature: inspect.Signature
+    lowerings: list[Lowering] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        self.validate(**bound.arguments)
+        return self.overload(*bound.arguments.values())
+
+    @property
+    def overload(self) -> Any:
+        """The ``torch.ops`` overload of this op."""
+        return getattr(torch.ops.effpass, self.name).default
+
+    @functools.cached_property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of the arguments that are tensors, in order."""
+        return tuple(
+            p.name for p in self.signature.parameters.values() if "Tensor" in str(p.annotation)
+        )
+
+    def bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """All arguments by name, defaults filled in."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def sizes(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Size of every axis; ValueError when shapes disagree."""
+        cu_seqlens = arguments.get("cu_seqlens")
+        first = next(iter(arguments.values()))
+        known = {"s": first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1}
+        shapes = {n: None if a is None else a.shape for n, a in arguments.items() if _maybe(a)}
+        return self.axes.bind(self.name, shapes, **known)
+
+    def validate(self, **arguments: Any) -> None:
+        """Raises TypeError or ValueError when the arguments cannot be this op's."""
+        for name in self.tensor_names:
+            _check_tensor(self.name, name, arguments[name], arguments[self.tensor_names[0]])
+        sizes = self.sizes(arguments)
+        if arguments.get("cu_seqlens") is not None:
+            check_cu_seqlens(self.name, arguments["cu_seqlens"], sizes["b"], sizes["t"])
+        if self.check is not None:
+            self.check(sizes=sizes, **arguments)
+
+    def fake(self, *args: Any) -> tuple[Tensor, ...]:
+        """Outputs with the right shapes and dtypes and no values."""
+        arguments = self.bind(*args)
+        first = arguments[self.tensor_names[0]]
+        shapes = self.axes.output_shapes(self.sizes(arguments))
+        dtypes = [first.dtype] + [self.state_dtype(first.dtype)] * (len(shapes) - 1)
+        return tuple(
+            first.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+
+    def fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        """Gradients with the right shapes and dtypes and no values."""
+        arguments = self.bind(*args[len(self.axes.outputs) :])
+        return tuple(empty_gradient(args[0], arguments[n], n) for n in self.tensor_names)
+
+    def choose(
+        self, arguments: Sequence[Any], targets: Sequence[str] | None = None
+    ) -> tuple[Lowering, list[tuple[str, str]]]:
+        """The first lowering that accepts, and ``(target, reason)`` of those that refused before it."""
+        refused = []
+        for lowering in self.lowerings:
+            if targets is not None and lowering.target not in targets:
+                if lowering.target != "inline":
+                    refused.append((lowering.target, "not in the configured targets"))
+                    continue
+            reason = lowering.refuses(*arguments)
+            if reason is None:
+                return lowering, refused
+            refused.append((lowering.target, reason))
+        raise RuntimeError(f"no implementation of {self.name}: {refused}")
+
+
+def op(
+    *,
+    axes: str,
+    backward: Callable[..., Any],
+    state_dtype: Callable[[torch.dtype], torch.dtype] | None = None,
+    check: Callable[..., None] | None = None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Makes an Op of a reference function.
+
+    ``axes`` names every dimension (see ``effpass.axes.notation``). ``backward(*grads, *arguments)``
+    is the gradient as a formula. The first output has the first argument's dtype, later ones
+    ``state_dtype`` of it (default: at least float32). ``check`` may refuse more than shapes can say.
+    """
+
+    def decorate(reference: Callable[..., Any]) -> Op:
+        made = Op(
+            name=reference.__name__,
+            axes=Axes.parse(axes),
+            reference=reference,
+            backward=backward,
+            state_dtype=state_dtype or accumulate_dtype,
+            check=check,
+            signature=inspect.signature(reference),
+        )
+        functools.update_wrapper(made, reference)
+        OPS[made.name] = made
+        _register(made, "effpass", _first_willing(made), _first_willing(made, backward=True))
+        made.lowerings.append(
+            Lowering("inline", made.reference, made.backward, lambda *_: None, made.overload)
+        )
+        return made
+
+    return decorate
+
+
+def implements(
+    op: Op, *, target: str, backward: Callable[..., Any], refuses: Refusal
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds the decorated function as an implementation of ``op``, before those already there."""
+
+    def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
+        overload = _register(op, f"effpass_{target}", forward, backward)
+        op.lowerings.insert(0, Lowering(target, forward, backward, refuses, overload))
+        return forward
+
+    return decorate
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which states are kept: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_gradient(like: Tensor, argument: Tensor | None, name: str) -> Tensor:
+    """Room for a gradient of ``argument``; an empty tensor when it takes none."""
+    if argument is None or name == "cu_seqlens":
+        return like.new_empty(0)
+    return argument.new_empty(argument.shape)
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: Any, tokens: Any) -> None:
+    """Raises unless ``cu_seqlens`` are int32 offsets from 0 to ``tokens``, none decreasing."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"{op}: expected cu_seqlens to be int32 of shape (sequences + 1,), "
+            f"found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    if batch != 1:
+        raise ValueError(
+            f"{op}: expected batch 1 with cu_seqlens (sequences lie end to end in one row), "
+            f"found batch {batch}; reshape to (1, batch * tokens, ...)"
+        )
+    if torch.compiler.is_compiling():
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"{op}: expected cu_seqlens to start at 0, found {offsets[0]}")
+    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end < start:
+            raise ValueError(
+                f"{op}: expected cu_seqlens not to decrease, found {start} then {end} at entry {i + 1}"
+            )
+    if offsets[-1] != tokens:
+        raise ValueError(
+            f"{op}: expected cu_seqlens to end at the token count {tokens}, found {offsets[-1]}"
+        )
+
+
+def sequences(cu_seqlens: Tensor | None, rows: int, tokens: int) -> list[tuple[slice, slice]]:
+    """``(rows, tokens)`` slices of each independent run; one for all rows without ``cu_seqlens``."""
+    if cu_seqlens is None:
+        return [(slice(0, rows), slice(0, tokens))]
+    offsets = cu_seqlens.tolist()
+    return [
+        (slice(0, 1), slice(start, end)) for start, end in zip(offsets, offsets[1:], strict=False)
+    ]
+
+
+def _maybe(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor)
+
+
+def _check_tensor(op: str, name: str, value: Any, first: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a Tensor, found {type(value).__name__}")
+    if value.device != first.device:
+        raise ValueError(
+            f"{op}: expected {name} on {first.device} like the first argument, found {value.device}"
+        )
+    if name != "cu_seqlens" and not value.is_floating_point():
+        raise TypeError(f"{op}: expected {name} to be floating point, found {value.dtype}")
+
+
+def _first_willing(op: Op, backward: bool = False) -> Callable[..., Any]:
+    skip = len(op.axes.outputs) if backward else 0
+
+    def run(*args: Any) -> Any:
+        lowering, _ = op.choose(args[skip:])
+        outputs = (lowering.backward if backward else lowering.forward)(*args)
+        return tuple(out.contiguous() for out in outputs)
+
+    return run
+
+
+def _schema(op: Op) -> tuple[str, str]:
+    arguments = torch.library.infer_schema(op.reference, mutates_args=()).partition(" -> ")[0]
+    grads = ", ".join(f"Tensor grad_{name}" for name in op.axes.outputs)
+    outputs = ", ".join(["Tensor"] * len(op.axes.outputs))
+    tensors = ", ".join(["Tensor"] * len(op.tensor_names))
+    return f"{arguments} -> ({outputs})", f"({grads}, {arguments[1:]} -> ({tensors})"
+
+
+def _register(op: Op, namespace: str, forward: Callable[..., Any], backward: Callable[..., Any]):
+    """Registers op and gradient under ``namespace``; returns the overload of the op."""
+    library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
+    tags = (torch.Tag.pt2_compliant_tag,)
+    for name, schema, run, fake in zip(
+        (op.name, f"{op.name}_backward"),
+        _schema(op),
+        (forward, backward),
+        (op.fake, op.fake_backward),
+        strict=True,
+    ):
+        library.define(f"{name}{schema}", tags=tags)
+        library.impl(name, _fill_defaults(op, run, name == op.name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    _differentiate(op, namespace, library)
+    return getattr(getattr(torch.ops, namespace), op.name).default
+
+
+def _fill_defaults(op: Op, run: Callable[..., Any], forward: bool) -> Callable[..., Any]:
+    defaults = [p.default for p in op.signature.parameters.values()]
+    total = len(defaults) + (0 if forward else len(op.axes.outputs))
+
+    def filled(*args: Any) -> Any:
+        missing = total - len(args)  # the dispatcher drops trailing defaults
+        return run(*args, *defaults[len(defaults) - missing :]) if missing else run(*args)
+
+    return filled
+
+
+def _differentiate(op: Op, namespace: str, library: torch.library.Library) -> None:
+    gradient = getattr(getattr(torch.ops, namespace), f"{op.name}_backward").default
+    is_tensor = [name in op.tensor_names for name in op.signature.parameters]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(a for a, t in zip(inputs, is_tensor, strict=True) if t))
+        ctx.others = [a for a, t in zip(inputs, is_tensor, strict=True) if not t]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors) if t else next(others) for t in is_tensor]
+        out = iter(gradient(*(g.contiguous() for g in grads), *inputs))
+        all_grads = [next(out) if t else None for t in is_tensor]
+        return tuple(
+            g if needed else None  # trailing defaults were dropped by the dispatcher
+            for g, needed in zip(all_grads, ctx.needs_input_grad, strict=False)
+        )
+
+    def no_second(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"effpass::{op.name} cannot be differentiated twice")
+
+    torch.library.register_autograd(
+        f"{namespace}::{op.name}", backward, setup_context=setup_context, lib=library
+    )
+    torch.library.register_autograd(f"{namespace}::{op.name}_backward", no_second, lib=library)

@@ -1,0 +1,1 @@
+"""Lowerings: where the doing is."""
