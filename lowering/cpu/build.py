@@ -38,7 +38,6 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # vec.h's Storage
 _forced: str | None = None
 
 

@@ -29,7 +29,7 @@ using Half = uint16_t __attribute__((vector_size(W * 2)));
 
 struct bf16 { uint16_t bits; };
 struct fp16 { uint16_t bits; };
-// How a tensor's elements are stored; the numbers are those of build.py's DTYPES.
+// How a tensor's elements are stored; the numbers are those of rows.py's DTYPES.
 enum Storage : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 inline F splat(float v) { return v - F{}; }  // v + {} would turn -0 into +0
@@ -124,8 +124,42 @@ template <class T> inline void store(T* p, F v, int64_t count) {
     store(lanes, v);
     std::memcpy(p, lanes, count * sizeof(T));
 }
-inline float value(float v) { return v; }
-template <class T> inline float value(T v) { T lanes[W] = {v}; return load(lanes)[0]; }
+
+// Some rows of a (batch, token, channel) tensor whose channels lie side by side; strides in elements.
+// rows.py fills this in.
+struct Rows {
+    char* data;  // null: the tensor was not given
+    int64_t storage, batch_stride, token_stride;
+
+    explicit operator bool() const { return data; }
+    char* at(int64_t batch, int64_t token, int64_t channel) const {
+        int64_t element = batch * batch_stride + token * token_stride + channel;
+        return data + element * (storage == FLOAT32 ? 4 : 2);
+    }
+    F load(int64_t batch, int64_t token, int64_t channel, int64_t count) const {
+        char* p = at(batch, token, channel);
+        if (storage == FLOAT32) return effpass::load((const float*)p, count);
+        if (storage == BFLOAT16) return effpass::load((const bf16*)p, count);
+        return effpass::load((const fp16*)p, count);
+    }
+    void store(int64_t batch, int64_t token, int64_t channel, F v, int64_t count) const {
+        char* p = at(batch, token, channel);
+        if (storage == FLOAT32) return effpass::store((float*)p, v, count);
+        if (storage == BFLOAT16) return effpass::store((bf16*)p, v, count);
+        return effpass::store((fp16*)p, v, count);
+    }
+};
+
+// Where each independent sequence lies: a row of the batch, or a piece of row 0 with offsets.
+struct Sequences {
+    const int32_t* offsets;  // null, or count + 1 of them
+    int64_t count, tokens;
+
+    int64_t batch(int64_t i) const { return offsets ? 0 : i; }
+    int64_t begin(int64_t i) const { return offsets ? offsets[i] : 0; }
+    int64_t length(int64_t i) const { return offsets ? offsets[i + 1] - offsets[i] : tokens; }
+    int64_t total() const { return offsets ? tokens : count * tokens; }
+};
 
 // The sum of all lanes, in one fixed order.
 inline float sum(F v) {
