@@ -1,1 +1,16 @@
-"""effpass."""
+"""effpass: a torch.compile backend that makes unmodified Mamba, hybrid and Transformer models faster.
+
+``torch.compile(model, backend="effpass")`` needs no import of this package; the names here explain
+and inspect what it did.
+"""
+
+from effpass import ops
+from effpass.config import Config
+from effpass.debug import dump
+from effpass.explain import explain
+from effpass.ledger import report
+from effpass.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = ["Config", "Report", "dump", "explain", "ops", "report"]

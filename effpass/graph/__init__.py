@@ -1,1 +1,1 @@
-"""effpass.graph."""
+"""Working on graphs: clean, verify, lower, print; and where a node came from."""

@@ -33,14 +33,16 @@ class Lowering:
     output, then the op's arguments, and returns one tensor for each tensor argument (an empty
     tensor where that argument is None or has no gradient). ``refuses`` takes the op's arguments
     (perhaps fake) and answers None, or the reason why this implementation cannot run them.
-    ``overload`` is the registered torch op; ``covers`` names dtypes for the report.
+    ``overload`` is the registered torch op. With ``splice`` the forward is traced into the graph
+    instead of being called, so that the compiler fuses it (and autograd differentiates it).
     """
 
     target: str
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     refuses: Refusal
-    overload: Any = None
+    overload: Any
+    splice: bool = False
 
 
 @dataclass
@@ -61,6 +63,11 @@ class Op:
         bound.apply_defaults()
         self.validate(**bound.arguments)
         return self.overload(*bound.arguments.values())
+
+    @property
+    def inline(self) -> Lowering:
+        """The reference function as an implementation: it runs anything."""
+        return self.lowerings[-1]
 
     @property
     def overload(self) -> Any:
@@ -157,22 +164,30 @@ def op(
         functools.update_wrapper(made, reference)
         OPS[made.name] = made
         _register(made, "effpass", _first_willing(made), _first_willing(made, backward=True))
-        made.lowerings.append(
-            Lowering("inline", made.reference, made.backward, lambda *_: None, made.overload)
-        )
+        inline = _register(made, "effpass_inline", _contiguous(reference), _contiguous(backward))
+        made.lowerings.append(Lowering("inline", reference, backward, lambda *_: None, inline))
         return made
 
     return decorate
 
 
 def implements(
-    op: Op, *, target: str, backward: Callable[..., Any], refuses: Refusal
+    op: Op,
+    *,
+    target: str,
+    backward: Callable[..., Any] | None = None,
+    refuses: Refusal,
+    splice: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Adds the decorated function as an implementation of ``op``, before those already there."""
+    """Adds the decorated function as an implementation of ``op``, before those already there.
+
+    An implementation that is spliced needs no ``backward``: autograd sees through it.
+    """
 
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
-        overload = _register(op, f"effpass_{target}", forward, backward)
-        op.lowerings.insert(0, Lowering(target, forward, backward, refuses, overload))
+        gradient = backward or op.backward
+        overload = None if splice else _register(op, f"effpass_{target}", forward, gradient)
+        op.lowerings.insert(0, Lowering(target, forward, gradient, refuses, overload, splice))
         return forward
 
     return decorate
@@ -249,11 +264,15 @@ def _first_willing(op: Op, backward: bool = False) -> Callable[..., Any]:
     skip = len(op.axes.outputs) if backward else 0
 
     def run(*args: Any) -> Any:
-        lowering, _ = op.choose(args[skip:])
-        outputs = (lowering.backward if backward else lowering.forward)(*args)
-        return tuple(out.contiguous() for out in outputs)
+        willing = (w for w in op.lowerings if not w.splice and w.refuses(*args[skip:]) is None)
+        lowering = next(willing)
+        return (lowering.backward if backward else lowering.forward)(*args)
 
-    return run
+    return _contiguous(run)
+
+
+def _contiguous(run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: tuple(out.contiguous() for out in run(*args))
 
 
 def _schema(op: Op) -> tuple[str, str]:

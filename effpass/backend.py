@@ -1,0 +1,122 @@
+"""The life of one graph, top to bottom: what ``torch.compile(model, backend="effpass")`` runs.
+
+Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> an implementation for every op -> compiled
+by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+import effpass.lowering  # noqa: F401  registers the implementations
+from effpass import ledger
+from effpass.capture import known
+from effpass.capture.dynamo import CaptureError, capture
+from effpass.config import Config
+from effpass.debug import Stages
+from effpass.graph.clean import clean
+from effpass.graph.source import layer, line
+from effpass.graph.verify import VerificationError, verify
+from effpass.lower import lower, reference_form
+from effpass.report import Declined, GraphReport, Miss
+
+log = logging.getLogger("effpass")
+_NUMBERS = itertools.count()
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The entry point ``torch_dynamo_backends: effpass``; ``options`` and ``mode`` as in Config."""
+    return compile_graph(gm, example_inputs, Config.from_options(options, mode))
+
+
+def compile_graph(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    keep: Callable[[GraphReport], None] | None = None,
+) -> Callable[..., Any]:
+    """Rewrites one Dynamo graph and compiles it; ``keep`` receives the report of it."""
+    started = time.perf_counter()
+    report = GraphReport(f"graph_{next(_NUMBERS)}", config.compiler)
+    stages = Stages(report.name)
+    stages.graph("dynamo", gm)
+    graph = _captured(gm, inputs, report)
+    stages.graph("captured", graph)
+    report.nodes_before = len(graph.graph.nodes)
+    before = reference_form(graph) if config.verify else None
+
+    report.applied += clean(graph)
+    stages.graph("cleaned", graph)
+    report.misses += [Miss(f, layer(n), why, line(n)) for n, f, why in known.find_unraised(graph.graph)]
+    report.chosen += lower(graph, config.targets)
+    stages.graph("lowered", graph)
+    report.declined += [Declined(*d) for d in known.declines()]
+
+    if before is not None:
+        graph = _verified(before, graph, inputs, config, report)
+    report.nodes_after = len(graph.graph.nodes)
+    report.seconds = time.perf_counter() - started
+    stages.write("report.txt", str(_one(report)))
+    stages.write("report.json", _one(report).to_json())
+    (keep or _publish(gm, inputs))(report)
+    return _compile(graph, inputs, config)
+
+
+def _captured(gm: GraphModule, inputs: Sequence[Any], report: GraphReport) -> GraphModule:
+    try:
+        return capture(gm, inputs)
+    except CaptureError as reason:
+        report.declined.append(Declined("capture", "", str(reason), "the graph runs uncleaned"))
+    return gm
+
+
+def _verified(
+    before: GraphModule, after: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> GraphModule:
+    try:
+        report.verified = verify(before, after, inputs)
+        return after
+    except VerificationError as error:
+        if config.strict:
+            raise
+        report.verified = f"failed: {error}; the captured graph runs"
+        warnings.warn(f"effpass: verification failed in clean and lower: {error}", stacklevel=2)
+    return before
+
+
+def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:
+    def publish(report: GraphReport) -> None:
+        ledger.remember(report, gm, inputs)
+        log.info(report.summary())
+
+    return publish
+
+
+def _compile(graph: GraphModule, inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    if config.compiler == "eager":
+        return graph.forward
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(graph, list(inputs), config_patches=config.inductor_patches())  # type: ignore[return-value]
+
+
+def _one(report: GraphReport) -> Any:
+    from effpass.report import Report
+
+    return Report([report])
+
+
+known.install()

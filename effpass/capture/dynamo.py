@@ -1,0 +1,205 @@
+"""From a Dynamo graph to the pre-dispatch ATen graph that every rewrite works on.
+
+The graph is run once, on fake values, under ``make_fx(pre_dispatch=True)``: autograd has not been
+applied, in-place writes, ``no_grad`` and autocast regions survive as nodes, module paths and source
+lines are kept. ``torch.export`` yields the same dialect. A higher-order op keeps its node; the body
+of a checkpoint is captured as a graph of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import TracingContext
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.traceback import preserve_node_meta
+from torch.utils import _pytree as pytree
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+# these change a tensor's shape or history in place: running them twice on one fake gives a wrong graph
+RESHAPES_IN_PLACE = frozenset(
+    "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ resize_ resize_as_ set_ as_strided_ "
+    "detach_ requires_grad_".split()
+)
+
+
+class CaptureError(Exception):
+    """This graph cannot be captured; the text says why. It runs as Dynamo made it."""
+
+
+def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """The pre-dispatch ATen graph of a Dynamo graph, with the same inputs and outputs.
+
+    ``example_inputs`` are what Dynamo gives a backend: real tensors (or fakes) and SymInts. Raises
+    CaptureError when the graph holds what cannot be traced.
+    """
+    mode = _fake_mode()
+    return _capture(gm, [_fake(value, mode) for value in example_inputs], mode)
+
+
+def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphModule:
+    _refuse(gm)
+    constants = _constants(gm)
+    bodies = {
+        name: _capture(body, [_like(_example(n), mode) for n in _placeholders(body)], mode)
+        for name, body in _checkpoint_bodies(gm)
+    }
+    lifted = [mode.from_tensor(t, static_shapes=True) for t in constants.values()]
+    recorder = _Recorder(gm, mode, list(constants), bodies)
+
+    def run(*args: Any) -> Any:
+        return recorder.run_lifted(args[: len(values)], args[len(values) :])
+
+    with mode, preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True)(*values, *lifted)
+    _unlift(traced, len(values), constants)
+    traced.meta.update(gm.meta)
+    return traced
+
+
+class _Recorder(Interpreter):
+    """Runs a Dynamo graph under make_fx; keeps higher-order ops as single nodes."""
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        mode: FakeTensorMode,
+        constants: list[str],
+        bodies: dict[str, GraphModule],
+    ) -> None:
+        super().__init__(gm)
+        self.mode, self.names, self.bodies = mode, constants, bodies
+        self.constants: dict[str, Any] = {}
+
+    def run_lifted(self, inputs: Sequence[Any], constants: Sequence[Any]) -> Any:
+        self.constants = dict(zip(self.names, constants, strict=True))
+        return self.run(*inputs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in self.constants:
+            return self.constants[target]
+        return super().get_attr(target, args, kwargs)
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
+            return self._keep(n)
+        return super().run_node(n)
+
+    def _keep(self, n: Node) -> Any:
+        """Records the node as it is; its outputs are the fakes that Dynamo found."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        args = tuple(self._operand(tracer, arg) for arg in n.args)
+        kwargs = {key: self._operand(tracer, value) for key, value in n.kwargs.items()}
+        proxy = tracer.create_proxy("call_function", n.target, args, kwargs, name=n.name)
+        for key in ("stack_trace", "nn_module_stack", "example_value"):
+            if key in n.meta:
+                proxy.node.meta[key] = n.meta[key]
+        value = pytree.tree_map(lambda v: _like(v, self.mode), n.meta["example_value"])
+        return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+
+    def _operand(self, tracer: Any, arg: Any) -> Any:
+        def one(node: Node) -> Any:
+            value = self.env[node]
+            if isinstance(value, torch.nn.Module):
+                name = str(node.target)
+                body = self.bodies.get(name, value)
+                tracer.root.register_module(name, body)
+                return tracer.create_proxy("get_attr", name, (), {}, name=name)
+            return tracer.unwrap_proxy(value)
+
+        return torch.fx.node.map_arg(arg, one)
+
+
+def _refuse(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            raise CaptureError(f"it calls the module {node.target} without tracing into it")
+        if "functorch" in (getattr(node.target, "__module__", None) or ""):
+            raise CaptureError(f"{node.name} is part of a vmap or grad transform")
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if name in RESHAPES_IN_PLACE:
+            raise CaptureError(f"{name} changes a tensor's shape or history in place")
+
+
+def _fake_mode() -> FakeTensorMode:
+    """A fresh mode over Dynamo's symbols: Dynamo's own fakes may have been changed in place."""
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        raise CaptureError("there is no Dynamo tracing context")
+    return FakeTensorMode(shape_env=context.fake_mode.shape_env)
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    """The fake of one graph input, with the dynamic dims that Dynamo gave it."""
+    if not isinstance(value, Tensor):
+        return value
+    if isinstance(value, FakeTensor):
+        return _like(value, mode)
+    context = TracingContext.get().tensor_to_context.get(value)
+    if context is None:
+        return mode.from_tensor(value, static_shapes=True)
+    source = getattr(context, "tensor_source", None)
+    return mode.from_tensor(value, symbolic_context=context, source=source)
+
+
+def _like(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake of the same size, strides, dtype, device and requires_grad in ``mode``."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        made = torch.empty_strided(
+            value.size(), value.stride(), dtype=value.dtype, device=value.device
+        )
+    if value.requires_grad:
+        made.requires_grad_()
+        return made if value.is_leaf else made.clone()
+    return made
+
+
+def _placeholders(gm: GraphModule) -> Sequence[Node]:
+    return gm.graph.find_nodes(op="placeholder")
+
+
+def _example(node: Node) -> Any:
+    if "example_value" not in node.meta:
+        raise CaptureError(f"input {node.name} has no fake value")
+    return node.meta["example_value"]
+
+
+def _constants(gm: GraphModule) -> dict[str, Tensor]:
+    found = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = torch.fx.graph_module._get_attr(gm, node.target)
+        if isinstance(value, Tensor):
+            found[node.target] = value
+    return found
+
+
+def _checkpoint_bodies(gm: GraphModule) -> list[tuple[str, GraphModule]]:
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        name = node.args[0].target
+        found.append((name, getattr(gm, name)))
+    return found
+
+
+def _unlift(traced: GraphModule, inputs: int, constants: dict[str, Tensor]) -> None:
+    """Turns the placeholders of constants back into attributes."""
+    placeholders = _placeholders(traced)[inputs:]
+    for i, (node, value) in enumerate(zip(placeholders, constants.values(), strict=True)):
+        name = f"constant_{i}"
+        traced.register_buffer(name, value, persistent=False)
+        with traced.graph.inserting_before(node):
+            attribute = traced.graph.get_attr(name)
+        attribute.meta = dict(node.meta)
+        node.replace_all_uses_with(attribute)
+        traced.graph.erase_node(node)
+    traced.recompile()

@@ -1,0 +1,113 @@
+"""Clean a captured graph: one spelling for what has several. Exact, and local to a few nodes.
+
+The rules are one table of functions; each looks at a node, and answers the value that replaces it
+(or None). A rule never leaves a consumer with strides that it could not have had before.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.fx import GraphModule, Node
+
+from effpass.graph.source import layer
+from effpass.report import Applied
+
+aten = torch.ops.aten
+Rule = Callable[[Node], Node | None]
+
+
+def clean(gm: GraphModule) -> list[Applied]:
+    """Applies the rules, bodies of checkpoints included, until nothing changes."""
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for body in graphs(gm):
+        for node in list(body.graph.nodes):
+            for rule in RULES:
+                replacement = rule(node)
+                if replacement is None:
+                    continue
+                node.replace_all_uses_with(replacement)
+                _erase(node)
+                counts[rule.__name__] += 1
+                first.setdefault(rule.__name__, layer(node))
+                break
+        body.recompile()
+    return [Applied("clean", name, n, first[name]) for name, n in sorted(counts.items())]
+
+
+def graphs(gm: GraphModule) -> list[GraphModule]:
+    """The graph and the bodies inside it, innermost last."""
+    return [m for m in gm.modules() if isinstance(m, GraphModule)]
+
+
+def same_dtype_cast(node: Node) -> Node | None:
+    """``x.to(x.dtype)`` is x."""
+    if node.target is not aten.to.dtype or len(node.args) != 2 or node.kwargs:
+        return None
+    source = node.args[0]
+    if not isinstance(source, Node) or not _tensor(source):
+        return None
+    return source if source.meta["val"].dtype == node.args[1] else None
+
+
+def double_transpose(node: Node) -> Node | None:
+    """Transposing twice over the same dims is the tensor itself."""
+    if node.target is not aten.transpose.int:
+        return None
+    inner = node.args[0]
+    if not isinstance(inner, Node) or inner.target is not aten.transpose.int:
+        return None
+    source = inner.args[0]
+    if not isinstance(source, Node) or _dims(node) != _dims(inner) or _dims(node) is None:
+        return None
+    return source
+
+
+def matmul_of_transpose(node: Node) -> Node | None:
+    """``(W @ x^T)^T`` is ``linear(x, W)``, which leaves channels last in memory."""
+    if node.target is not aten.transpose.int or _dims(node) != (1, 2):
+        return None
+    product = node.args[0]
+    if not isinstance(product, Node) or product.target is not aten.matmul.default:
+        return None
+    weight, right = product.args
+    if not isinstance(weight, Node) or not isinstance(right, Node) or len(product.users) != 1:
+        return None
+    if right.target is not aten.transpose.int or _dims(right) != (1, 2) or not _tensor(weight):
+        return None
+    if weight.meta["val"].dim() != 2 or weight.meta["val"].dtype != right.meta["val"].dtype:
+        return None
+    graph = node.graph
+    with graph.inserting_before(product):  # where autocast and grad mode are those of the product
+        linear = graph.call_function(aten.linear.default, (right.args[0], weight))
+    linear.meta = dict(product.meta)
+    linear.meta["val"] = node.meta["val"].contiguous()
+    return linear
+
+
+RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpose)
+
+
+def _tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _dims(node: Node) -> tuple[int, int] | None:
+    source = node.args[0]
+    if not isinstance(source, Node) or not _tensor(source):
+        return None
+    rank = source.meta["val"].dim()
+    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[call-overload]
+    return (min(a, b), max(a, b))
+
+
+def _erase(node: Node) -> None:
+    """Removes a replaced node, and the views and products that only it used."""
+    inputs = node.all_input_nodes
+    node.graph.erase_node(node)
+    for source in inputs:
+        if not source.users and source.target in (aten.transpose.int, aten.matmul.default):
+            _erase(source)

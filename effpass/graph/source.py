@@ -1,0 +1,36 @@
+"""Where a node came from: the layer of the user's model and the line of the user's source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OWN_FOLDERS = (str(Path(__file__).parent.parent), str(Path(torch.__file__).parent))
+FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+# "L['self']", "L['model'].x", "self": how Dynamo spells the root of a module path
+ROOT = re.compile(r"^(L\['\w+'\]|self|G\['\w+'\])\.?")
+
+
+def layer(node: torch.fx.Node) -> str:
+    """Path of the innermost module that made ``node``, e.g. ``backbone.layers.0.mixer``."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    path = re.sub(r"(?:_modules)?\['?(\w+)'?\]", r".\1", ROOT.sub("", path))
+    return path.replace("._modules", "").replace("..", ".").strip(".")
+
+
+def line(node: torch.fx.Node) -> str:
+    """``file:line`` of the innermost frame that is neither effpass's nor torch's."""
+    frames = [
+        match for match in FRAME.finditer(node.meta.get("stack_trace") or "") if not _own(match["file"])
+    ]
+    return f"{Path(frames[-1]['file']).name}:{frames[-1]['line']}" if frames else ""
+
+
+def _own(file: str) -> bool:
+    return file.startswith(OWN_FOLDERS) or file.startswith("<")

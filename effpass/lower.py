@@ -1,0 +1,107 @@
+"""Lower: choose one implementation for every op node, once, when compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from effpass.graph.clean import graphs
+from effpass.graph.source import layer, line
+from effpass.ops import OPS, Lowering, Op
+from effpass.report import Chosen
+
+
+def lower(gm: GraphModule, targets: Sequence[str] | None = None) -> list[Chosen]:
+    """Gives every op node its implementation, in place; answers what was chosen and why not others.
+
+    Works on graphs with fake values (``meta["val"]``) and on Dynamo's own (``meta["example_value"]``).
+    """
+    ops = {op.overload: op for op in OPS.values()}
+    chosen = []
+    for body in graphs(gm):
+        for node in list(body.graph.nodes):
+            if node.target in ops:
+                chosen.append(_lower(node, ops[node.target], targets))
+        body.recompile()
+    return chosen
+
+
+def reference_form(gm: GraphModule) -> GraphModule:
+    """A copy in which every op runs its reference function: what verification compares with."""
+    made = _copy(gm)
+    ops = {op.overload: op for op in OPS.values()}
+    for body in graphs(made):
+        for node in body.graph.nodes:
+            if node.target in ops:
+                node.target = ops[node.target].inline.overload
+        body.recompile()
+    return made
+
+
+def _copy(gm: GraphModule) -> GraphModule:
+    """A copy of the graph and of the bodies inside it; tensors are shared."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    made = GraphModule(gm, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        body = getattr(gm, str(node.target), None)
+        if isinstance(body, GraphModule):
+            setattr(made, str(node.target), _copy(body))
+    made.meta.update(gm.meta)
+    return made
+
+
+def _lower(node: Node, op: Op, targets: Sequence[str] | None) -> Chosen:
+    arguments = list(op.bind(*pytree.tree_map(_value, node.args), **_values(node.kwargs)).values())
+    lowering, refused = op.choose(arguments, targets)
+    record = Chosen(op.name, layer(node), lowering.target, tuple(refused), line(node))
+    if lowering.splice:
+        _splice(node, op, lowering)
+    else:
+        node.target = lowering.overload
+    return record
+
+
+def _splice(node: Node, op: Op, lowering: Lowering) -> None:
+    """Puts the traced body of an implementation in the node's place, for the compiler to fuse."""
+    values = pytree.tree_map(_value, node.args)
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    sources = [a for a in node.args if isinstance(a, Node)]
+
+    def run(*given: Any) -> Any:
+        each = iter(given)
+        args = [next(each) if isinstance(v, torch.Tensor) else v for v in values]
+        return lowering.forward(*op.bind(*args).values())
+
+    with tensors[0].fake_mode:  # type: ignore[attr-defined]
+        traced = make_fx(run, pre_dispatch=True)(*tensors)
+    env = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
+    graph = node.graph
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op in ("placeholder", "output"):
+                continue
+            env[inner] = graph.node_copy(inner, lambda n: env[n])
+            for key in ("stack_trace", "nn_module_stack"):
+                if key in node.meta:
+                    env[inner].meta[key] = node.meta[key]
+    results = [env[out] for out in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
+    for user in list(node.users):
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _value(arg: Any) -> Any:
+    if not isinstance(arg, Node):
+        return arg
+    return arg.meta["val"] if "val" in arg.meta else arg.meta["example_value"]
+
+
+def _values(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: _value(arg) for name, arg in kwargs.items()}
