@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 COMPILERS = ("inductor", "eager")
-TARGETS = ("cpu", "inline")
+TARGETS = ("step", "cpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -18,7 +18,7 @@ class Config:
 
     ``passes``: approximate or layout-changing passes, in their fixed order (none in this version).
     ``compiler``: what compiles the rewritten graph, ``"inductor"`` or ``"eager"`` (run as it is).
-    ``targets``: implementations allowed for ops, of ``cpu`` and ``inline``; None for all.
+    ``targets``: implementations allowed for ops besides ``inline``, of TARGETS; None for all.
     ``mode``: a mode of ``torch.compile`` for Inductor. ``inductor``: Inductor's own options.
     ``verify``: run the rewritten graph beside the captured one before using it. ``strict``: raise
     when that fails, instead of warning and running the captured graph.
