@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,10 +79,10 @@ def threads(work: int) -> int:
     return 1 if work < SMALL_WORK else torch.get_num_threads()
 
 
-def refusal(kernel: str, tensors: Mapping[str, Tensor | None]) -> str | None:
-    """Why ``kernel`` cannot take these tensors (perhaps fake), or None."""
-    for name, tensor in tensors.items():
-        if tensor is None:
+def refusal(kernel: str, arguments: Mapping[str, Any]) -> str | None:
+    """Why ``kernel`` cannot take the tensors (perhaps fake) among the arguments, or None."""
+    for name, tensor in arguments.items():
+        if not isinstance(tensor, Tensor):
             continue
         if tensor.device.type != "cpu":
             return f"{name} is on {tensor.device}; needs cpu"
