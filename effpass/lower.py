@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from effpass.graph.clean import graphs
 from effpass.graph.source import layer, line
@@ -57,28 +56,26 @@ def _copy(gm: GraphModule) -> GraphModule:
 
 
 def _lower(node: Node, op: Op, targets: Sequence[str] | None) -> Chosen:
-    arguments = list(op.bind(*pytree.tree_map(_value, node.args), **_values(node.kwargs)).values())
-    lowering, refused = op.choose(arguments, targets)
+    given = list(op.bind(*node.args, **node.kwargs).values())
+    lowering, refused = op.choose([_value(a) for a in given], targets)
     record = Chosen(op.name, layer(node), lowering.target, tuple(refused), line(node))
     if lowering.splice:
-        _splice(node, op, lowering)
+        _splice(node, given, lowering)
     else:
         node.target = lowering.overload
     return record
 
 
-def _splice(node: Node, op: Op, lowering: Lowering) -> None:
+def _splice(node: Node, given: list[Any], lowering: Lowering) -> None:
     """Puts the traced body of an implementation in the node's place, for the compiler to fuse."""
-    values = pytree.tree_map(_value, node.args)
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    sources = [a for a in node.args if isinstance(a, Node)]
+    sources = [a for a in given if isinstance(a, Node)]
+    tensors = [_value(source) for source in sources]
 
-    def run(*given: Any) -> Any:
-        each = iter(given)
-        args = [next(each) if isinstance(v, torch.Tensor) else v for v in values]
-        return lowering.forward(*op.bind(*args).values())
+    def run(*values: Any) -> Any:
+        each = iter(values)
+        return lowering.forward(*(next(each) if isinstance(a, Node) else a for a in given))
 
-    with tensors[0].fake_mode:  # type: ignore[attr-defined]
+    with tensors[0].fake_mode:
         traced = make_fx(run, pre_dispatch=True)(*tensors)
     env = dict(zip(traced.graph.find_nodes(op="placeholder"), sources, strict=True))
     graph = node.graph
@@ -101,7 +98,3 @@ def _value(arg: Any) -> Any:
     if not isinstance(arg, Node):
         return arg
     return arg.meta["val"] if "val" in arg.meta else arg.meta["example_value"]
-
-
-def _values(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: _value(arg) for name, arg in kwargs.items()}

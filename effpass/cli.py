@@ -1,0 +1,80 @@
+"""The same from a shell: ``effpass explain module:factory``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from effpass import __version__, explain
+
+
+class UsageError(Exception):
+    """What the user typed cannot be used; the text says what was expected."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``effpass`` command; answers the exit code."""
+    parser = argparse.ArgumentParser(prog="effpass", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"effpass {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser(
+        "explain",
+        help="what effpass does with a model, and what it declines, and why",
+        description="FACTORY is a function without arguments that returns (model, inputs): inputs is "
+        "a tuple of positional arguments or a dict of keyword arguments.",
+    )
+    show.add_argument("factory", metavar="MODULE:FACTORY")
+    show.add_argument("--options", default="{}", help="options as for torch.compile, in JSON")
+    show.add_argument("--json", metavar="FILE", help="also write the report there as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        return _explain(arguments)
+    except UsageError as error:
+        parser.exit(2, f"effpass: {error}\n")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    model, args, kwargs = _made(arguments.factory)
+    try:
+        report = explain(model, *args, options=_options(arguments.options), **kwargs)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    Console().print(report)
+    if arguments.json:
+        Path(arguments.json).write_text(report.to_json())
+    return 0
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"expected --options to be JSON, found {text!r}: {error}") from error
+    if not isinstance(options, dict):
+        raise UsageError(f"expected --options to be a JSON object, found {text!r}")
+    return options
+
+
+def _made(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    module, colon, factory = name.partition(":")
+    if not colon or not factory:
+        raise UsageError(f"expected MODULE:FACTORY, found {name!r}")
+    sys.path.insert(0, "")  # modules of the working directory, as with python -m
+    try:
+        function = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot load {name!r}: {error}") from error
+    made = function()
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise UsageError(f"expected {name} to return (model, inputs), found {type(made).__name__}")
+    model, inputs = made
+    if isinstance(inputs, dict):
+        return model, (), inputs
+    return model, tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}

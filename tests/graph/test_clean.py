@@ -1,0 +1,54 @@
+"""Each clean-up rule: it fires, it keeps the numbers, and it stays away from what only looks alike."""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from effpass.graph.clean import clean
+
+
+def cleaned(run, *args: Tensor) -> dict[str, int]:
+    gm = make_fx(run, pre_dispatch=True, tracing_mode="fake")(*args)
+    applied = clean(gm)
+    gm.graph.lint()
+    expected, actual = run(*args), gm(*args)
+    torch.testing.assert_close(actual, expected)
+    return {a.what: a.count for a in applied}
+
+
+def test_casting_to_the_same_dtype() -> None:
+    x = torch.randn(3)
+    assert cleaned(lambda x: x.to(torch.float32) + 1, x) == {"same_dtype_cast": 1}
+    assert cleaned(lambda x: x.to(torch.float64) + 1, x) == {}
+
+
+def test_copying_cast_stays() -> None:
+    x = torch.randn(3)
+    assert cleaned(lambda x: x.to(torch.float32, copy=True).add_(1), x) == {}
+
+
+def test_double_transpose() -> None:
+    x = torch.randn(2, 3, 4)
+    assert cleaned(lambda x: x.transpose(1, 2).transpose(-1, 1) + 1, x) == {"double_transpose": 1}
+    assert cleaned(lambda x: x.transpose(1, 2).transpose(0, 1) + 1, x) == {}
+
+
+def test_matmul_of_transpose() -> None:
+    w, x = torch.randn(5, 4), torch.randn(2, 3, 4)
+    run = lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2) * 2  # noqa: E731
+    assert cleaned(run, w, x) == {"matmul_of_transpose": 1}
+
+
+def test_matmul_read_in_two_ways_stays() -> None:
+    w, x = torch.randn(5, 4), torch.randn(2, 3, 4)
+
+    def run(w: Tensor, x: Tensor) -> Tensor:
+        product = w @ x.transpose(1, 2)
+        return product.transpose(1, 2).sum() + product.view(-1).sum()
+
+    assert cleaned(run, w, x) == {}
+
+
+def test_batched_left_side_stays() -> None:
+    w, x = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
+    assert cleaned(lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2) * 2, w, x) == {}

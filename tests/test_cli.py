@@ -1,0 +1,39 @@
+"""The command ``effpass``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from effpass.cli import main
+
+
+def test_explain_prints_and_writes_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "report.json"
+    assert main(["explain", "tests.tiny:small", "--json", str(file)]) == 0
+    assert "selective_scan" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["graphs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["explain", "tests.tiny"], "expected MODULE:FACTORY"),
+        (["explain", "tests.no_such:small"], "cannot load 'tests.no_such:small'"),
+        (["explain", "tests.tiny:no_such"], "has no attribute 'no_such'"),
+        (["explain", "tests.tiny:scan_args"], "to return (model, inputs), found tuple"),
+        (["explain", "tests.tiny:small", "--options", "{"], "expected --options to be JSON"),
+        (["explain", "tests.tiny:small", "--options", "[]"], "to be a JSON object"),
+        (["explain", "tests.tiny:small", "--options", '{"verfy": true}'], "did you mean 'verify'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
