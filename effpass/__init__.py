@@ -1,4 +1,4 @@
-"""effpass: a torch.compile backend that makes unmodified Mamba, hybrid and Transformer models faster.
+"""effpass: a torch.compile backend; unmodified Mamba, hybrid and Transformer models run faster.
 
 ``torch.compile(model, backend="effpass")`` needs no import of this package; the names here explain
 and inspect what it did.

@@ -1,7 +1,8 @@
 """The life of one graph, top to bottom: what ``torch.compile(model, backend="effpass")`` runs.
 
-Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> an implementation for every op -> compiled
-by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all the same.
+Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> an implementation for every op ->
+compiled by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all
+the same.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from effpass.capture.dynamo import CaptureError, capture
 from effpass.config import Config
 from effpass.debug import Stages
 from effpass.graph.clean import clean
-from effpass.graph.source import layer, line
+from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.report import Declined, GraphReport, Miss
@@ -60,10 +61,13 @@ def compile_graph(
 
     report.applied += clean(graph)
     stages.graph("cleaned", graph)
-    report.misses += [Miss(f, layer(n), why, line(n)) for n, f, why in known.find_unraised(graph.graph)]
+    report.misses += [
+        Miss(function, layer(node), reason, line(node))
+        for node, function, reason in known.find_unraised(graph.graph)
+    ]
     report.chosen += lower(graph, config.targets)
     stages.graph("lowered", graph)
-    report.declined += [Declined(*d) for d in known.declines()]
+    report.declined += _declined_functions(graph)
 
     if before is not None:
         graph = _verified(before, graph, inputs, config, report)
@@ -83,8 +87,23 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], report: GraphReport) -> Gr
     return gm
 
 
+def _declined_functions(graph: GraphModule) -> list[Declined]:
+    """Known functions of the model's own modules that keep their own code, and why."""
+    used = modules(graph)
+    hint = "the function is compiled as it is written"
+    return [
+        Declined("front_door", f"{d.module}.{d.function}", d.reason, hint)
+        for d in known.declined()
+        if d.module in used
+    ]
+
+
 def _verified(
-    before: GraphModule, after: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+    before: GraphModule,
+    after: GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    report: GraphReport,
 ) -> GraphModule:
     try:
         report.verified = verify(before, after, inputs)

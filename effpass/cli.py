@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from effpass import __version__, explain
+from effpass import Config, __version__, explain
 
 
 class UsageError(Exception):
@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show = commands.add_parser(
         "explain",
         help="what effpass does with a model, and what it declines, and why",
-        description="FACTORY is a function without arguments that returns (model, inputs): inputs is "
-        "a tuple of positional arguments or a dict of keyword arguments.",
+        description="FACTORY is a function without arguments that returns (model, inputs); inputs "
+        "is a tuple of positional arguments or a dict of keyword arguments.",
     )
     show.add_argument("factory", metavar="MODULE:FACTORY")
     show.add_argument("--options", default="{}", help="options as for torch.compile, in JSON")
@@ -42,10 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     model, args, kwargs = _made(arguments.factory)
-    try:
-        report = explain(model, *args, options=_options(arguments.options), **kwargs)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+    report = explain(model, *args, options=_options(arguments.options), **kwargs)
     Console().print(report)
     if arguments.json:
         Path(arguments.json).write_text(report.to_json())
@@ -59,6 +56,10 @@ def _options(text: str) -> dict[str, Any]:
         raise UsageError(f"expected --options to be JSON, found {text!r}: {error}") from error
     if not isinstance(options, dict):
         raise UsageError(f"expected --options to be a JSON object, found {text!r}")
+    try:
+        Config.from_options(options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
     return options
 
 

@@ -1,4 +1,4 @@
-"""What the user asked for: a frozen Config, made from ``torch.compile``'s ``options`` and ``mode``."""
+"""What the user asked for: a frozen Config, made of torch.compile's ``options`` and ``mode``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Config:
     def from_options(options: Mapping[str, Any] | None, mode: str | None = None) -> Config:
         """Reads the ``options`` and ``mode`` of ``torch.compile``.
 
-        Raises ValueError for an unknown key (naming the nearest) or value, TypeError for a wrong type.
+        Raises ValueError for an unknown key (naming the nearest) or value, TypeError for a type.
         """
         options = dict(options or {})
         given = options.pop("config", None)

@@ -16,7 +16,7 @@ _DIRECTORY: ContextVar[Path | None] = ContextVar("effpass_dump_directory", defau
 
 @contextlib.contextmanager
 def dump(directory: str | Path) -> Iterator[Path]:
-    """Writes each stage of each graph compiled inside the block: ``<directory>/<graph>/<stage>.txt``.
+    """Writes every stage of every graph compiled inside: ``<directory>/<graph>/<stage>.txt``.
 
     Stages are numbered: the Dynamo graph, captured, cleaned, lowered; and ``report.txt``,
     ``report.json``. Raises OSError when the directory cannot be made.

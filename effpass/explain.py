@@ -35,7 +35,11 @@ def explain(
 
     # a code object of its own: explaining twice must not count as recompiling the same code
     fresh = types.FunctionType(
-        call.__code__.replace(co_name="explained"), call.__globals__, "explained", None, call.__closure__
+        call.__code__.replace(co_name="explained"),
+        call.__globals__,
+        "explained",
+        None,
+        call.__closure__,
     )
     with torch.random.fork_rng(devices=[]):
         torch.compile(fresh, backend=backend)()

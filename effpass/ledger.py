@@ -18,7 +18,7 @@ from effpass.report import GraphReport, Report
 @dataclass(frozen=True)
 class _Entry:
     report: GraphReport
-    tensors: frozenset[weakref.ref[torch.Tensor]]
+    tensors: frozenset[weakref.ref[torch.nn.Parameter]]
     frames: frozenset[tuple[str, int]]  # file and line of the outermost user frames
 
 
@@ -40,8 +40,8 @@ def report(compiled: Any) -> Report:
     """What a compiled model or function that has run became: one entry a graph.
 
     ``compiled`` is the result of ``torch.compile(..., backend="effpass")``, or the module itself.
-    Graphs are found by the parameters they use, or, without parameters, by their source lines. Raises
-    TypeError for what is neither a module nor a function.
+    Graphs are found by the parameters they use, or, without parameters, by their source lines.
+    Raises TypeError for what is neither a module nor a function.
     """
     module = getattr(compiled, "_orig_mod", compiled)
     if isinstance(module, torch.nn.Module):
@@ -63,7 +63,11 @@ def _by_source(function: Any) -> Report:
         raise TypeError(f"expected a Python function, found {type(function).__name__}")
     lines = range(code.co_firstlineno, max(_lines(code), default=code.co_firstlineno) + 1)
     return Report(
-        [e.report for e in _ENTRIES if any(f == code.co_filename and n in lines for f, n in e.frames)]
+        [
+            e.report
+            for e in _ENTRIES
+            if any(f == code.co_filename and n in lines for f, n in e.frames)
+        ]
     )
 
 

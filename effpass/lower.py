@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -16,9 +15,9 @@ from effpass.report import Chosen
 
 
 def lower(gm: GraphModule, targets: Sequence[str] | None = None) -> list[Chosen]:
-    """Gives every op node its implementation, in place; answers what was chosen and why not others.
+    """Gives every op node its implementation, in place; answers what was chosen, and why.
 
-    Works on graphs with fake values (``meta["val"]``) and on Dynamo's own (``meta["example_value"]``).
+    Works on captured graphs (``meta["val"]``) and on Dynamo's own (``meta["example_value"]``).
     """
     ops = {op.overload: op for op in OPS.values()}
     chosen = []

@@ -26,7 +26,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Declined:
-    """Something effpass did not do: a stable code, where, the reason, and what the user could do."""
+    """Something effpass did not do: a stable code, where, why, and what the user could do."""
 
     code: str
     where: str
@@ -138,7 +138,9 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
         yield Text("  no op was found in this graph: it is compiled as it was captured")
     yield from _rows("rewrites", ("rewrite", "what", "count", "first at"), graph.applied)
     yield from _rows("declined", ("code", "where", "reason", "what to do"), graph.declined)
-    yield from _rows("not raised", ("idiom", "where", "first failed condition", "source"), graph.misses)
+    yield from _rows(
+        "not raised", ("idiom", "where", "first failed condition", "source"), graph.misses
+    )
 
 
 def _chosen_table(chosen: list[Chosen]) -> Table:

@@ -83,9 +83,7 @@ def _ssd_scan(
     acc, heads = accumulate_dtype(x.dtype), x.shape[2]
     xs, As = x[:, 0].to(acc), A.to(acc)
     # (b g n) -> (b h 1 n): each group serves a run of heads
-    Bs, Cs = (
-        v[:, 0].to(acc).repeat_interleave(heads // v.shape[2], 1)[:, :, None] for v in (B, C)
-    )
+    Bs, Cs = (v[:, 0].to(acc).repeat_interleave(heads // v.shape[2], 1)[:, :, None] for v in (B, C))
     step = torch.clamp(_steps(dt[:, 0], dt_bias, dt_softplus), dt_min, dt_max)
     state = (step[:, :, None] * xs)[..., None] * Bs
     if initial_state is not None:
@@ -105,7 +103,9 @@ def _linear_recurrence(
     if initial_state is not None:
         state = state + a[:, 0].to(acc) * initial_state.to(acc)
     else:
-        state = state + 0 * a[:, 0].to(acc)  # a NaN in ``a`` reaches the state, as in the definition
+        state = state + 0 * a[:, 0].to(
+            acc
+        )  # a NaN in ``a`` reaches the state, as in the definition
     return state.to(a.dtype)[:, None], state.clone()
 
 

@@ -179,7 +179,7 @@ def test_report_by_source_for_a_plain_function() -> None:
 
 
 def test_report_of_something_else_raises() -> None:
-    with pytest.raises(TypeError, match="expected the result of torch.compile"):
+    with pytest.raises(TypeError, match=r"expected the result of torch\.compile"):
         effpass.report(3)
 
 

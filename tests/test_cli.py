@@ -8,9 +8,7 @@ import pytest
 from effpass.cli import main
 
 
-def test_explain_prints_and_writes_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_explain_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "report.json"
     assert main(["explain", "tests.tiny:small", "--json", str(file)]) == 0
     assert "selective_scan" in capsys.readouterr().out

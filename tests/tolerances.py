@@ -7,12 +7,16 @@ from torch import Tensor
 TOLERANCES: dict[str, tuple[float, float, str]] = {
     "model_fp32": (1e-5, 1e-7, "a few layers of float32 rounding, sums in another order"),
     "model_gradient_fp32": (5e-5, 1e-7, "the same, forward and back"),
-    "model_bf16": (4e-2, 1e-3, "bfloat16 keeps 8 bits; eager rounds between operations, a kernel not"),
+    "model_bf16": (
+        4e-2,
+        1e-3,
+        "bfloat16 keeps 8 bits; eager rounds between operations, a kernel not",
+    ),
 }
 
 
 def close(actual: Tensor, expected: Tensor, row: str) -> None:
-    """Raises unless ``actual`` has the dtype and shape of ``expected`` and is within the named row."""
+    """Raises unless dtypes and shapes are equal and the values are within the named row."""
     relative, absolute, _ = TOLERANCES[row]
     assert actual.dtype == expected.dtype, f"expected {expected.dtype}, found {actual.dtype}"
     assert actual.shape == expected.shape, f"expected {expected.shape}, found {actual.shape}"
@@ -26,4 +30,6 @@ def close(actual: Tensor, expected: Tensor, row: str) -> None:
     largest = e[finite].abs().max().item()
     worst = (a - e)[finite].abs().max().item()
     allowed = relative * largest + absolute
-    assert worst <= allowed, f"off by {worst:.2e}, allowed {allowed:.2e} ({row}), largest {largest:.2e}"
+    assert worst <= allowed, (
+        f"off by {worst:.2e}, allowed {allowed:.2e} ({row}), largest {largest:.2e}"
+    )

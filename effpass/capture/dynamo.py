@@ -8,6 +8,7 @@ of a checkpoint is captured as a graph of its own.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-# these change a tensor's shape or history in place: running them twice on one fake gives a wrong graph
+# these change a tensor's shape or history in place, which a traced graph does not show
 RESHAPES_IN_PLACE = frozenset(
-    "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ resize_ resize_as_ set_ as_strided_ "
-    "detach_ requires_grad_".split()
+    (
+        *("t_", "transpose_", "swapaxes_", "swapdims_", "unsqueeze_", "squeeze_", "resize_"),
+        *("resize_as_", "set_", "as_strided_", "detach_", "requires_grad_"),
+    )
 )
 
 
@@ -115,7 +119,7 @@ class _Recorder(Interpreter):
                 return tracer.create_proxy("get_attr", name, (), {}, name=name)
             return tracer.unwrap_proxy(value)
 
-        return torch.fx.node.map_arg(arg, one)
+        return map_arg(arg, one)
 
 
 def _refuse(gm: GraphModule) -> None:
@@ -177,7 +181,7 @@ def _example(node: Node) -> Any:
 def _constants(gm: GraphModule) -> dict[str, Tensor]:
     found = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        value = torch.fx.graph_module._get_attr(gm, node.target)
+        value = operator.attrgetter(str(node.target))(gm)
         if isinstance(value, Tensor):
             found[node.target] = value
     return found

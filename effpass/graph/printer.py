@@ -27,7 +27,10 @@ def _node_text(node: Node) -> str:
     value = node.meta.get("val", node.meta.get("example_value"))
     target = str(node.target) if node.op != "call_function" else _callee(node.target)
     args = ", ".join(
-        [*(_argument(a) for a in node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())]
+        [
+            *(_argument(a) for a in node.args),
+            *(f"{k}={_argument(v)}" for k, v in node.kwargs.items()),
+        ]
     )
     call = f"{node.op} {target}" if node.op in ("placeholder", "get_attr") else f"{target}({args})"
     call = f"return {args}" if node.op == "output" else call

@@ -27,9 +27,18 @@ def layer(node: torch.fx.Node) -> str:
 def line(node: torch.fx.Node) -> str:
     """``file:line`` of the innermost frame that is neither effpass's nor torch's."""
     frames = [
-        match for match in FRAME.finditer(node.meta.get("stack_trace") or "") if not _own(match["file"])
+        match
+        for match in FRAME.finditer(node.meta.get("stack_trace") or "")
+        if not _own(match["file"])
     ]
     return f"{Path(frames[-1]['file']).name}:{frames[-1]['line']}" if frames else ""
+
+
+def modules(gm: torch.fx.GraphModule) -> set[str]:
+    """Names of the Python modules that define the layers of a graph."""
+    stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)
+    classes = (entry[1] for stack in stacks for entry in stack.values())
+    return {c.__module__ if isinstance(c, type) else str(c).rpartition(".")[0] for c in classes}
 
 
 def _own(file: str) -> bool:

@@ -24,8 +24,8 @@ class VerificationError(RuntimeError):
 def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> str:
     """Runs both on copies of ``inputs``; answers the largest relative difference as text.
 
-    Outputs and inputs written in place are compared. Raises VerificationError naming the first value
-    that differs. Answers "not run: ..." where the graph cannot be run on the side.
+    Outputs and inputs written in place are compared. Raises VerificationError naming the first
+    value that differs. Answers "not run: ..." where the graph cannot be run on the side.
     """
     reason = _cannot(before, inputs)
     if reason is not None:

@@ -2,8 +2,8 @@
 
     y[t, c] = act(bias[c] + sum_j weight[c, w-1-j] x[t-j, c]),  j = 0 .. w-1
 
-Tokens before the first are the ``initial_state``, or zero. (Dao, ``causal-conv1d``; Gu and Dao 2023,
-arXiv 2312.00752, section 3.4.)
+Tokens before the first are the ``initial_state``, or zero. (Dao, ``causal-conv1d``; Gu and Dao
+2023, arXiv 2312.00752, section 3.4.)
 """
 
 from __future__ import annotations
@@ -109,9 +109,9 @@ def causal_conv1d(
     ``initial_state`` (b, c, w-1), the tokens before the first, oldest first. With ``cu_seqlens``
     int32 (S + 1,), b is 1 and states are (S, c, w-1): no window reaches across a boundary.
 
-    Returns ``y`` (b, t, c) and ``final_state``, the last w-1 tokens (with those of the initial state
-    where there are fewer), both in x's dtype. Raises ValueError on shapes, devices, offsets or an
-    unknown activation.
+    Returns ``y`` (b, t, c) and ``final_state``, the last w-1 tokens (with those of the initial
+    state where there are fewer), both in x's dtype. Raises ValueError on shapes, devices, offsets
+    or an unknown activation.
     """
     acc = accumulate_dtype(x.dtype)
     xs, ws = x.to(acc), weight.to(acc)

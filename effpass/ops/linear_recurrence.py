@@ -59,8 +59,8 @@ def linear_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """h[t] = a[t] h[t-1] + b[t] along dim 1.
 
-    Args: ``a``, ``b`` (b, t, d); ``initial_state`` (b, d), zero when None. With ``cu_seqlens`` int32
-    (S + 1,), the batch is 1 and states are (S, d).
+    Args: ``a``, ``b`` (b, t, d); ``initial_state`` (b, d), zero when None. With ``cu_seqlens``
+    int32 (S + 1,), the batch is 1 and states are (S, d).
 
     Returns ``h`` (b, t, d) in a's dtype and ``final_state``, at least float32. Raises ValueError on
     shapes, devices or offsets that disagree.

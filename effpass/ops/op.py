@@ -13,6 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class Op:
     def choose(
         self, arguments: Sequence[Any], targets: Sequence[str] | None = None
     ) -> tuple[Lowering, list[tuple[str, str]]]:
-        """The first lowering that accepts, and ``(target, reason)`` of those that refused before it."""
+        """The first lowering that accepts, and ``(target, reason)`` of those that refused."""
         refused = []
         for lowering in self.lowerings:
             if targets is not None and lowering.target not in targets:
@@ -148,7 +149,7 @@ def op(
 
     ``axes`` names every dimension (see ``effpass.axes.notation``). ``backward(*grads, *arguments)``
     is the gradient as a formula. The first output has the first argument's dtype, later ones
-    ``state_dtype`` of it (default: at least float32). ``check`` may refuse more than shapes can say.
+    ``state_dtype`` of it (default: at least float32). ``check`` may refuse more than shapes say.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -222,10 +223,11 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: Any, tokens: Any) -> No
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
         raise ValueError(f"{op}: expected cu_seqlens to start at 0, found {offsets[0]}")
-    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise ValueError(
-                f"{op}: expected cu_seqlens not to decrease, found {start} then {end} at entry {i + 1}"
+                f"{op}: expected cu_seqlens not to decrease, found {start} then {end} "
+                f"at entry {i + 1}"
             )
     if offsets[-1] != tokens:
         raise ValueError(
@@ -234,13 +236,11 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: Any, tokens: Any) -> No
 
 
 def sequences(cu_seqlens: Tensor | None, rows: int, tokens: int) -> list[tuple[slice, slice]]:
-    """``(rows, tokens)`` slices of each independent run; one for all rows without ``cu_seqlens``."""
+    """``(rows, tokens)`` slices of each independent run; a single one without ``cu_seqlens``."""
     if cu_seqlens is None:
         return [(slice(0, rows), slice(0, tokens))]
     offsets = cu_seqlens.tolist()
-    return [
-        (slice(0, 1), slice(start, end)) for start, end in zip(offsets, offsets[1:], strict=False)
-    ]
+    return [(slice(0, 1), slice(start, end)) for start, end in pairwise(offsets)]
 
 
 def _maybe(value: Any) -> bool:

@@ -55,19 +55,16 @@ def _backward(
     steps = _steps(dt, dt_bias, dt_softplus)
     dx, ddt, dB, dC = (torch.zeros_like(v) for v in (xs, steps, Bs, Cs))
     dA = torch.zeros_like(As)
-    dz = None if z is None else torch.zeros_like(z, dtype=acc)
-    if z is not None:
-        gate, ungated = z.to(acc), grad
-        grad = ungated * silu(gate)
+    ungated, gate = grad, None if z is None else z.to(acc)
+    dz = None if gate is None else torch.zeros_like(gate)
+    grad = grad if gate is None else grad * silu(gate)
     starts = grad_final_state.new_zeros(grad_final_state.shape)
     starts = starts if initial_state is None else initial_state.to(acc)
     dstart = torch.zeros_like(starts)
     for i, (rows, span) in enumerate(sequences(cu_seqlens, *x.shape[:2])):
         which = rows if cu_seqlens is None else slice(i, i + 1)
         before: list[Tensor] = []
-        last = _states(
-            xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before
-        )
+        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before)
         after = [*before[1:], last]
         g = grad_final_state[which].to(acc)
         for t in reversed(range(len(before))):
@@ -86,7 +83,7 @@ def _backward(
                 y = (after[t] * Cs[rows, at, None, :]).sum(-1)
                 dz[rows, at] = y if D is None else y + D.to(acc) * xs[rows, at]
         dstart[which] = g
-    if dz is not None:
+    if dz is not None and gate is not None:
         s = torch.sigmoid(gate)
         dz = dz * ungated * (s * (1 + gate * (1 - s)))
     if dt_softplus:
@@ -123,8 +120,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba's selective scan, channel-last.
 
-    Args: ``x``, ``dt``, ``z`` (b, t, d); ``A`` (d, n), negative in every model that is stable; ``B``,
-    ``C`` (b, t, n); ``D``, ``dt_bias`` (d); ``initial_state`` (b, d, n). With ``cu_seqlens`` int32
+    Args: ``x``, ``dt``, ``z`` (b, t, d); ``A`` (d, n), negative in a stable model; ``B``, ``C``
+    (b, t, n); ``D``, ``dt_bias`` (d); ``initial_state`` (b, d, n). With ``cu_seqlens`` int32
     (S + 1,), b is 1 and states are (S, d, n): no state crosses a boundary.
 
     Returns ``y`` (b, t, d) in x's dtype and ``final_state`` (b or S, d, n), at least float32. The

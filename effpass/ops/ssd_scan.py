@@ -1,4 +1,4 @@
-"""The state-space dual scan of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 2 and listing 1).
+"""The state-space dual scan of Mamba-2 (Dao and Gu 2024, arXiv 2405.21060, section 2, listing 1).
 
     dt'[t]  = clamp(softplus(dt[t] + dt_bias), dt_min, dt_max)
     h[t]    = exp(dt'[t] A) h[t-1] + dt'[t] x[t] B[t]^T            (one scalar decay a head)
@@ -65,19 +65,16 @@ def _backward(
     steps = torch.clamp(raw, dt_min, dt_max)
     dx, ddt, dB, dC = (torch.zeros_like(v) for v in (xs, steps, Bs, Cs))
     dA = torch.zeros_like(As)
-    dz = None if z is None else torch.zeros_like(z, dtype=acc)
-    if z is not None:
-        gate, ungated = z.to(acc), grad
-        grad = ungated * silu(gate)
+    ungated, gate = grad, None if z is None else z.to(acc)
+    dz = None if gate is None else torch.zeros_like(gate)
+    grad = grad if gate is None else grad * silu(gate)
     starts = grad_final_state.new_zeros(grad_final_state.shape)
     starts = starts if initial_state is None else initial_state.to(acc)
     dstart = torch.zeros_like(starts)
     for i, (rows, span) in enumerate(sequences(cu_seqlens, *x.shape[:2])):
         which = rows if cu_seqlens is None else slice(i, i + 1)
         before: list[Tensor] = []
-        last = _states(
-            xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before
-        )
+        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before)
         after = [*before[1:], last]
         g = grad_final_state[which].to(acc)
         for t in reversed(range(len(before))):
@@ -97,7 +94,7 @@ def _backward(
                 y = (after[t] * Cs[rows, at, :, None, :]).sum(-1)
                 dz[rows, at] = y if D is None else y + D.to(acc)[:, None] * xs[rows, at]
         dstart[which] = g
-    if dz is not None:
+    if dz is not None and gate is not None:
         s = torch.sigmoid(gate)
         dz = dz * ungated * (s * (1 + gate * (1 - s)))
     inside = (raw >= dt_min) if dt_max is None else (raw >= dt_min) & (raw <= dt_max)

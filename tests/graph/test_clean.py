@@ -1,4 +1,4 @@
-"""Each clean-up rule: it fires, it keeps the numbers, and it stays away from what only looks alike."""
+"""Each clean-up rule: it fires, keeps the numbers, and leaves alone what only looks alike."""
 
 import torch
 from torch import Tensor
