@@ -1,0 +1,75 @@
+"""The driver's end of a worker: one process an arm, one request at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).parent / "worker.py"
+REST = 0.05  # seconds; lets the other process's idle OpenMP threads stop spinning
+
+
+class ArmError(RuntimeError):
+    """The arm could not do what was asked; the text is its error."""
+
+
+class Arm:
+    """A running worker. Its Inductor and kernel caches lie in ``caches``, empty at the start."""
+
+    def __init__(self, name: str, caches: Path, threads: int, quick: bool) -> None:
+        self.name = name
+        caches.mkdir(parents=True)
+        self.log = caches / "stderr.txt"
+        command = [sys.executable, str(WORKER), "--arm", name, "--threads", str(threads)]
+        self._process = subprocess.Popen(
+            command + ["--quick"] * quick,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=_environment(caches),
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The worker's answer. Raises ArmError when it failed or died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        time.sleep(REST)
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise ArmError(f"the worker is gone: {self._last_words()}") from None
+        line = self._process.stdout.readline()
+        if not line:
+            raise ArmError(f"the worker died in {do}: {self._last_words()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise ArmError(reply["error"])
+        return reply
+
+    def close(self) -> None:
+        """Ends the worker."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _last_words(self) -> str:
+        self._process.wait()
+        lines = self.log.read_text().strip().splitlines()
+        return f"exit code {self._process.returncode}, {lines[-1] if lines else 'no message'}"
+
+
+def _environment(caches: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "EFFPASS_CACHE_DIR": str(caches / "effpass"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
