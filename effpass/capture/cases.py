@@ -1,7 +1,7 @@
 """Tiny arguments on which each known function is proven, by the library's own parameter names.
 
-Every function here takes ``make(*shape)``, which draws a normal float32 tensor, and lists arguments,
-from the fewest to all of them; the last is repeated in bfloat16.
+Every function here takes ``make(*shape)``, which draws a normal float32 tensor, and lists
+arguments, from the fewest to all of them; the last is repeated in bfloat16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The front door: library functions that are known by name and signature, and become ops.
 
-``install`` makes Dynamo trace an adapter (``effpass.capture.adapters``) in place of each function of
-the table, with ``torch.compiler.substitute_in_graph``: neither the library nor the model is edited.
+``install`` makes Dynamo trace an adapter (``effpass.capture.adapters``) in place of each function
+of the table, by ``torch.compiler.substitute_in_graph``: neither library nor model is edited.
 A function is substituted only after a proof (``effpass.capture.proof``) that the op computes the
 same; one that is missing, changed or disproved is a record in ``declined()``, never an error.
 
@@ -21,6 +21,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch._dynamo.callback import callback_handler
 
 from effpass.capture import imports, unraised
 from effpass.capture.proof import prove
@@ -56,9 +57,8 @@ _proofs: dict[Any, str | None] = {}
 def install() -> None:
     """Substitutes what is loaded now and whatever loads later. Cheap to call again."""
     imports.watch(consider)
-    handler = torch._dynamo.callback_handler
-    if _sweep not in handler.start_callbacks:  # torch._dynamo.reset() forgets it
-        handler.register_start_callback(_sweep)
+    if _sweep not in callback_handler.start_callbacks:  # torch._dynamo.reset() forgets it
+        callback_handler.register_start_callback(_sweep)
     _sweep()
 
 
@@ -81,9 +81,13 @@ def find_unraised(graph: torch.fx.Graph) -> list[tuple[torch.fx.Node, str, str]]
     return unraised.find(graph, reasons)
 
 
-@torch.compiler.disable
 def consider(module: ModuleType) -> None:
     """Substitutes every function of the table that ``module`` defines, once each."""
+    undisturbed: Any = torch.compiler.disable(_consider)  # an import may run in compiled code
+    undisturbed(module)
+
+
+def _consider(module: ModuleType) -> None:
     for row in TABLE:
         if not module.__name__.startswith(row.within):
             continue

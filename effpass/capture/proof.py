@@ -34,7 +34,7 @@ IN_FLOAT32 = ("A",), ("A", "D", "delta_bias", "dt_bias", "state")  # as models m
 def prove(
     original: Callable[..., Any], adapter: Callable[..., Any], cases: Cases, bfloat16: bool = True
 ) -> str | None:
-    """None when ``adapter`` computes what ``original`` does, else the first disagreement as text."""
+    """None when ``adapter`` computes what ``original`` does, else the first disagreement."""
     accepted = inspect.signature(original).parameters.keys()
     with _alone():
         for arguments, limit in _all_cases(cases, bfloat16):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from effpass.capture import adapters, cases
+from effpass.capture import adapters, cases, package_adapters
 from effpass.capture.proof import Cases
 
 
@@ -109,7 +109,7 @@ MAMBA_SSM = (
         "selective_scan_fn",
         f"u delta {SCAN}",
         "selective_scan",
-        adapters.selective_scan_fn,
+        package_adapters.selective_scan_fn,
         cases.package_scan,
         reference="selective_scan_ref",
         within="mamba_ssm",
@@ -118,7 +118,7 @@ MAMBA_SSM = (
         "selective_scan_ref",
         f"u delta {SCAN}",
         "selective_scan",
-        adapters.selective_scan_fn,
+        package_adapters.selective_scan_fn,
         cases.package_scan,
         within="mamba_ssm",
     ),
@@ -126,7 +126,7 @@ MAMBA_SSM = (
         "selective_state_update",
         f"state x {STEP} state_batch_indices",
         "selective_scan or ssd_scan",
-        adapters.selective_state_update,
+        package_adapters.selective_state_update,
         cases.package_step,
         newer=1,
         reference="selective_state_update_ref",
@@ -136,7 +136,7 @@ MAMBA_SSM = (
         "selective_state_update_ref",
         f"state x {STEP}",
         "selective_scan or ssd_scan",
-        adapters.selective_state_update,
+        package_adapters.selective_state_update,
         cases.package_step,
         within="mamba_ssm",
     ),
@@ -144,7 +144,7 @@ MAMBA_SSM = (
         "mamba_chunk_scan_combined",
         CHUNK,
         "ssd_scan",
-        adapters.mamba_chunk_scan_combined,
+        package_adapters.mamba_chunk_scan_combined,
         cases.package_chunk_scan,
         newer=1,
         reference="ssd_chunk_scan_combined_ref",
@@ -157,7 +157,7 @@ CAUSAL_CONV1D = (
         "causal_conv1d_fn",
         "x weight bias seq_idx initial_states return_final_states final_states_out activation",
         "causal_conv1d",
-        adapters.conv1d_package_fn,
+        package_adapters.conv1d_package_fn,
         cases.package_conv,
         reference="causal_conv1d_ref",
         within="causal_conv1d",
@@ -166,7 +166,7 @@ CAUSAL_CONV1D = (
         "causal_conv1d_ref",
         "x weight bias initial_states return_final_states final_states_out activation",
         "causal_conv1d",
-        adapters.conv1d_package_ref,
+        package_adapters.conv1d_package_ref,
         cases.package_conv,
         within="causal_conv1d",
     ),
@@ -174,7 +174,7 @@ CAUSAL_CONV1D = (
         "causal_conv1d_update",
         "x conv_state weight bias activation cache_seqlens conv_state_indices",
         "causal_conv1d",
-        adapters.conv1d_package_update,
+        package_adapters.conv1d_package_update,
         cases.package_conv_step,
         newer=1,
         reference="causal_conv1d_update_ref",
@@ -184,7 +184,7 @@ CAUSAL_CONV1D = (
         "causal_conv1d_update_ref",
         "x conv_state weight bias activation cache_seqlens",
         "causal_conv1d",
-        adapters.conv1d_package_update,
+        package_adapters.conv1d_package_update,
         cases.package_conv_step,
         within="causal_conv1d",
     ),
@@ -195,11 +195,11 @@ MAMBAPY = tuple(
         name,
         "self x delta A B C D",
         "selective_scan",
-        adapters.mambapy_scan,
+        package_adapters.mambapy_scan,
         cases.method_scan,
         within="mambapy",
         method=True,
-        bfloat16=False,  # its parallel scan keeps float32 decays beside bfloat16 sums, which torch refuses
+        bfloat16=False,  # the parallel scan itself refuses float32 decays beside bfloat16 sums
     )
     for name in ("selective_scan", "selective_scan_seq")
 )
