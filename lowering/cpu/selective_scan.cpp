@@ -4,9 +4,8 @@
 // passes. Tokens go through in chunks: a chunk's rows are first brought to float ("staged") with dt's
 // bias and softplus applied, then every group of states walks over them. Nothing of shape
 // (b, t, d, n) exists: backward keeps one state a chunk and recomputes those between.
-#include <omp.h>
-
-#include "vec.h"
+#include "denormals.h"
+#include "share.h"
 
 using namespace effpass;
 
@@ -32,6 +31,7 @@ struct BackwardOut {
 namespace {
 
 constexpr int64_t TILE = 32;   // tokens staged at once, forward
+constexpr int64_t GROUP = 8;   // most blocks of channels that share a tile's pages, forward
 constexpr int64_t CHUNK = 16;  // tokens between two states kept for backward
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
@@ -61,6 +61,11 @@ void stage_steps(const Scan& s, const Block& b, int64_t t, F x, float* step_at, 
 
 inline F channel_or_zero(const float* p, const Block& b) {
     return p ? load(p + b.channel, b.count) : F{};
+}
+
+// Where the states of a block begin in an array (s, d, n).
+inline int64_t corner(const Scan& s, int64_t sequence, const Block& b) {
+    return (sequence * s.channels + b.channel) * s.states;
 }
 
 // (channel, state) memory <-> [state][W] registers' order.
@@ -93,15 +98,25 @@ void stage(const Scan& s, const Block& b, int64_t tokens, Tile& tile) {
     }
 }
 
+// Asks for a row that is wanted next (it may lie beyond the end), behind arithmetic that hides the wait.
+inline void prefetch(const Rows& r, const Block& b, int64_t t) {
+    if (r) __builtin_prefetch(r.at(b.batch, b.begin + t, b.channel));
+}
+
 // N states from `n` on walk over a staged tile; y gathers their share when `read`.
 template <int N, bool read>
 void walk(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float* decay, float* state,
-          Tile& tile) {
+          Tile& tile, const Block& next) {
     F h[N];
     for (int i = 0; i < N; i++) h[i] = load(state + (n + i) * W);
     for (int64_t t = 0; t < tokens; t++) {
         const float *B = row(s.B, b, t) + n, *C = row(s.C, b, t) + n;
         F step = load(tile.step + t * W), drive = load(tile.drive + t * W), y{};
+        if (n == 0) {
+            prefetch(s.x, next, t);
+            prefetch(s.dt, next, t);
+            if (read) prefetch(s.z, next, t);
+        }
         for (int i = 0; i < N; i++) {
             h[i] = fma(h[i], exp2(step * load(decay + (n + i) * W)), drive * B[i]);
             if (read) y = fma(h[i], splat(C[i]), y);
@@ -113,11 +128,11 @@ void walk(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float*
 
 template <bool read>
 void walk_all(const Scan& s, const Block& b, int64_t tokens, const float* decay, float* state,
-              Tile& tile) {
+              Tile& tile, const Block& next) {
     int64_t n = 0;
-    for (; n + 16 <= s.states; n += 16) walk<16, read>(s, b, tokens, n, decay, state, tile);
-    for (; n + 4 <= s.states; n += 4) walk<4, read>(s, b, tokens, n, decay, state, tile);
-    for (; n < s.states; n++) walk<1, read>(s, b, tokens, n, decay, state, tile);
+    for (; n + 16 <= s.states; n += 16) walk<16, read>(s, b, tokens, n, decay, state, tile, next);
+    for (; n + 4 <= s.states; n += 4) walk<4, read>(s, b, tokens, n, decay, state, tile, next);
+    for (; n < s.states; n++) walk<1, read>(s, b, tokens, n, decay, state, tile, next);
 }
 
 void emit(const Scan& s, const Block& b, int64_t tokens, const Tile& tile, const Rows& y) {
@@ -128,23 +143,35 @@ void emit(const Scan& s, const Block& b, int64_t tokens, const Tile& tile, const
     }
 }
 
-void forward_block(const Scan& s, const ForwardOut& out, int64_t sequence, int64_t block,
-                   float* decay, float* state) {
-    Block b = block_at(s, sequence, block, 0);
-    int64_t length = s.sequences.length(sequence);
-    int64_t corner = (sequence * s.channels + b.channel) * s.states;
-    gather(s.A + b.channel * s.states, s.states, b.count, decay, LOG2E);
-    if (s.start) gather(s.start + corner, s.states, b.count, state);
-    else std::memset(state, 0, s.states * W * 4);
+// Blocks [first, end) of a sequence: all of a tile before the next, so that pages are used whole.
+void forward_blocks(const Scan& s, const ForwardOut& out, int64_t sequence, int64_t first,
+                    int64_t end, float* decay, float* state) {
+    int64_t size = s.states * W, length = s.sequences.length(sequence);
+    for (int64_t block = first; block < end; block++) {
+        Block b = block_at(s, sequence, block, 0);
+        float* start = state + (block - first) * size;
+        gather(s.A + b.channel * s.states, s.states, b.count, decay + (block - first) * size, LOG2E);
+        if (s.start) gather(s.start + corner(s, sequence, b), s.states, b.count, start);
+        else std::memset(start, 0, size * 4);
+    }
     Tile tile;
     for (int64_t t = 0; t < length; t += TILE) {
-        b = block_at(s, sequence, block, t);
         int64_t tokens = length - t < TILE ? length - t : TILE;
-        stage(s, b, tokens, tile);
-        walk_all<true>(s, b, tokens, decay, state, tile);
-        emit(s, b, tokens, tile, out.y);
+        for (int64_t block = first; block < end; block++) {
+            Block b = block_at(s, sequence, block, t);
+            bool last = block + 1 == end;
+            Block next = block_at(s, sequence, last ? first : block + 1, last ? t + TILE : t);
+            int64_t at = (block - first) * size;
+            stage(s, b, tokens, tile);
+            walk_all<true>(s, b, tokens, decay + at, state + at, tile, next);
+            emit(s, b, tokens, tile, out.y);
+        }
     }
-    scatter(state, s.states, b.count, out.final_state + corner);
+    for (int64_t block = first; block < end; block++) {
+        Block b = block_at(s, sequence, block, 0);
+        scatter(state + (block - first) * size, s.states, b.count,
+                out.final_state + corner(s, sequence, b));
+    }
 }
 
 // ---- backward ------------------------------------------------------------------------------------
@@ -186,7 +213,7 @@ void stage(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens
 
 // Forward over a chunk once more, keeping h[t-1] and exp(dt A), and adding to dC.
 template <int N>
-void recompute(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float* decay,
+void recompute(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens, int64_t n, const float* decay,
                const float* state, const Share& w, Chunk& c) {
     F h[N];
     for (int i = 0; i < N; i++) h[i] = load(state + (n + i) * W);
@@ -194,6 +221,14 @@ void recompute(const Scan& s, const Block& b, int64_t tokens, int64_t n, const f
         const float *B = row(s.B, b, t) + n, *C = row(s.C, b, t) + n;
         int64_t at = (t * s.states + n) * W;
         F step = load(c.step + t * W), drive = load(c.drive + t * W), grad = load(c.grad + t * W), y{};
+        if (n == 0) {
+            Block next = b;
+            next.channel += W;
+            prefetch(s.x, next, t);
+            prefetch(s.dt, next, t);
+            prefetch(s.z, next, t);
+            prefetch(out.grad_y, next, t);
+        }
         for (int i = 0; i < N; i++) {
             F factor = exp2(step * load(decay + (n + i) * W));
             store(w.before + at + i * W, h[i]);
@@ -208,7 +243,7 @@ void recompute(const Scan& s, const Block& b, int64_t tokens, int64_t n, const f
 
 // The adjoint g[t] = C[t] grad[t] + exp(dt[t+1] A) g[t+1] over a chunk, last token first.
 template <int N>
-void reverse(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float* decay,
+void reverse(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens, int64_t n, const float* decay,
              float* adjoint, float* dA, const Share& w, Chunk& c) {
     F g[N];
     for (int i = 0; i < N; i++) g[i] = load(adjoint + (n + i) * W);
@@ -217,6 +252,11 @@ void reverse(const Scan& s, const Block& b, int64_t tokens, int64_t n, const flo
         int64_t at = (t * s.states + n) * W;
         F step = load(c.step + t * W), drive = load(c.drive + t * W), grad = load(c.grad + t * W);
         F d_drive{}, d_log{};
+        if (n == 0) {
+            prefetch(out.dx, b, t);
+            prefetch(out.ddt, b, t);
+            prefetch(out.dz, b, t);
+        }
         for (int i = 0; i < N; i++) {
             g[i] = fma(grad, splat(C[i]), g[i]);
             store(w.dB + at + i * W, fma(g[i], drive, load(w.dB + at + i * W)));
@@ -258,24 +298,27 @@ void emit(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens,
 }
 
 // The state before every chunk of a sequence, into `kept`.
-void keep_states(const Scan& s, const Share& w, int64_t sequence, int64_t block) {
-    int64_t size = s.states * W, blocks = w.end_block - w.first_block, local = block - w.first_block;
+void keep_states(const Scan& s, const Share& w, int64_t sequence) {
+    int64_t size = s.states * W, blocks = w.end_block - w.first_block;
     int64_t length = s.sequences.length(sequence);
-    Scratch state(size);
     Tile tile;
-    Block b = block_at(s, sequence, block, 0);
-    int64_t corner = (sequence * s.channels + b.channel) * s.states;
-    if (s.start) gather(s.start + corner, s.states, b.count, state.data);
-    else std::memset(state.data, 0, size * 4);
-    for (int64_t t = 0; t < length; t += CHUNK) {
-        b = block_at(s, sequence, block, t);
-        std::memcpy(w.kept + (t / CHUNK * blocks + local) * size, state.data, size * 4);
-        if (t + CHUNK >= length) break;
-        for (int64_t i = 0; i < CHUNK; i++) {
-            F x = s.x.load(b.batch, b.begin + i, b.channel, b.count);
-            stage_steps(s, b, i, x, tile.step, tile.drive);
+    for (int64_t local = 0; local < blocks; local++) {
+        Block b = block_at(s, sequence, w.first_block + local, 0);
+        float* state = w.kept + local * size;
+        if (s.start) gather(s.start + corner(s, sequence, b), s.states, b.count, state);
+        else std::memset(state, 0, size * 4);
+    }
+    for (int64_t t = 0; t + CHUNK < length; t += CHUNK) {
+        float* chunk = w.kept + (t / CHUNK + 1) * blocks * size;
+        std::memcpy(chunk, chunk - blocks * size, blocks * size * 4);
+        for (int64_t local = 0; local < blocks; local++) {
+            Block b = block_at(s, sequence, w.first_block + local, t), next = b;
+            next.channel += W;
+            for (int64_t i = 0; i < CHUNK; i++)
+                stage_steps(s, b, i, s.x.load(b.batch, b.begin + i, b.channel, b.count), tile.step,
+                            tile.drive);
+            walk_all<false>(s, b, CHUNK, w.decay + local * size, chunk + local * size, tile, next);
         }
-        walk_all<false>(s, b, CHUNK, w.decay + local * size, state.data, tile);
     }
 }
 
@@ -289,16 +332,16 @@ void backward_chunk(const Scan& s, const BackwardOut& out, const Share& w, int64
     stage(s, out, b, tokens, c);
     int64_t n = 0;
     for (; n + 16 <= s.states; n += 16) {
-        recompute<16>(s, b, tokens, n, decay, state, w, c);
-        reverse<16>(s, b, tokens, n, decay, adjoint, dA, w, c);
+        recompute<16>(s, out, b, tokens, n, decay, state, w, c);
+        reverse<16>(s, out, b, tokens, n, decay, adjoint, dA, w, c);
     }
     for (; n + 4 <= s.states; n += 4) {
-        recompute<4>(s, b, tokens, n, decay, state, w, c);
-        reverse<4>(s, b, tokens, n, decay, adjoint, dA, w, c);
+        recompute<4>(s, out, b, tokens, n, decay, state, w, c);
+        reverse<4>(s, out, b, tokens, n, decay, adjoint, dA, w, c);
     }
     for (; n < s.states; n++) {
-        recompute<1>(s, b, tokens, n, decay, state, w, c);
-        reverse<1>(s, b, tokens, n, decay, adjoint, dA, w, c);
+        recompute<1>(s, out, b, tokens, n, decay, state, w, c);
+        reverse<1>(s, out, b, tokens, n, decay, adjoint, dA, w, c);
     }
     emit(s, out, b, tokens, c, w.dD + local * W, w.dt_bias + local * W);
 }
@@ -307,10 +350,10 @@ void backward_sequence(const Scan& s, const BackwardOut& out, const Share& w, in
     int64_t size = s.states * W, length = s.sequences.length(sequence);
     for (int64_t block = w.first_block; block < w.end_block; block++) {
         Block b = block_at(s, sequence, block, 0);
-        gather(out.grad_final + (sequence * s.channels + b.channel) * s.states, s.states, b.count,
+        gather(out.grad_final + corner(s, sequence, b), s.states, b.count,
                w.adjoint + (block - w.first_block) * size);
-        keep_states(s, w, sequence, block);
     }
+    if (length) keep_states(s, w, sequence);
     for (int64_t t = (length - 1) / CHUNK * CHUNK; length && t >= 0; t -= CHUNK) {
         int64_t tokens = length - t < CHUNK ? length - t : CHUNK;
         std::memset(w.dB, 0, tokens * size * 4);
@@ -328,31 +371,8 @@ void backward_sequence(const Scan& s, const BackwardOut& out, const Share& w, in
     for (int64_t block = w.first_block; block < w.end_block; block++) {
         Block b = block_at(s, sequence, block, 0);
         scatter(w.adjoint + (block - w.first_block) * size, s.states, b.count,
-                out.dstart + (sequence * s.channels + b.channel) * s.states);
+                out.dstart + corner(s, sequence, b));
     }
-}
-
-// How threads divide the work: `across` shares of the channels times `along` shares of the sequences.
-struct Grid {
-    int64_t across, along, blocks;
-
-    explicit Grid(const Scan& s) : across(1), along(1), blocks((s.channels + W - 1) / W) {
-        int64_t least = INT64_MAX;
-        for (int64_t a = 1; a <= s.threads && a <= blocks; a++) {
-            int64_t b = s.threads / a < s.sequences.count ? s.threads / a : s.sequences.count;
-            if (b < 1) b = 1;
-            int64_t most = (blocks + a - 1) / a * ((s.sequences.count + b - 1) / b);
-            if (most <= least) least = most, across = a, along = b;
-        }
-    }
-};
-
-// The first sequence of part `part` of `parts` that hold about as many tokens each.
-int64_t first_of(const Sequences& all, int64_t part, int64_t parts) {
-    if (part == parts) return all.count;
-    int64_t before = 0, target = all.total() * part / parts, i = 0;
-    while (i < all.count && before < target) before += all.length(i++);
-    return i;
 }
 
 int64_t longest(const Sequences& all) {
@@ -362,6 +382,7 @@ int64_t longest(const Sequences& all) {
 }
 
 void backward_share(const Scan& s, const BackwardOut& out, Share& w, int64_t kept_chunks) {
+    FlushDenormals flush;
     int64_t size = s.states * W, blocks = w.end_block - w.first_block;
     Scratch decay(blocks * size), adjoint(blocks * size), kept(kept_chunks * blocks * size);
     Scratch chunk(4 * CHUNK * size);
@@ -376,28 +397,24 @@ void backward_share(const Scan& s, const BackwardOut& out, Share& w, int64_t kep
     for (int64_t i = w.first_sequence; i < w.end_sequence; i++) backward_sequence(s, out, w, i);
 }
 
-// out[i] = sum of the `parts` arrays of `count` floats, first to last.
-void add_up(const float* from, int64_t parts, int64_t count, float* out, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < count; i++) {
-        float total = 0.0f;
-        for (int64_t p = 0; p < parts; p++) total += from[p * count + i];
-        out[i] = total;
-    }
-}
-
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) void selective_scan_forward(const Scan* scan,
                                                                               const ForwardOut* out) {
     const Scan& s = *scan;
-    int64_t blocks = (s.channels + W - 1) / W, tasks = blocks * s.sequences.count;
+    int64_t blocks = (s.channels + W - 1) / W, group = blocks * s.sequences.count / (4 * s.threads);
+    group = group < 1 ? 1 : group > GROUP ? GROUP : group;
+    int64_t groups = (blocks + group - 1) / group;
 #pragma omp parallel num_threads(s.threads)
     {
-        Scratch decay(s.states * W), state(s.states * W);
+        FlushDenormals flush;
+        Scratch scratch(2 * group * s.states * W);
+        float *decay = scratch.data, *state = decay + group * s.states * W;
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks; task++)
-            forward_block(s, *out, task / blocks, task % blocks, decay.data, state.data);
+        for (int64_t task = 0; task < groups * s.sequences.count; task++) {
+            int64_t first = task % groups * group, end = first + group;
+            forward_blocks(s, *out, task / groups, first, end < blocks ? end : blocks, decay, state);
+        }
     }
 }
 
@@ -406,19 +423,17 @@ extern "C" __attribute__((visibility("default"))) void selective_scan_backward(
     const Scan& s = *scan;
     const BackwardOut& out = *gradients;
     const Sequences& all = s.sequences;
-    Grid grid(s);
+    Grid grid(s.channels, all, s.threads);
     int64_t size = s.states * W, row_count = all.total() * s.states;
     int64_t per_channel = grid.blocks * (size + 2 * W), chunks = (longest(all) + CHUNK - 1) / CHUNK;
     Scratch rows(2 * grid.across * row_count), sums(grid.along * per_channel);
     std::memset(sums.data, 0, grid.along * per_channel * 4);
 #pragma omp parallel for num_threads(s.threads) schedule(static, 1)
-    for (int64_t i = 0; i < grid.across * grid.along; i++) {
+    for (int64_t i = 0; i < grid.shares(); i++) {
         int64_t across = i % grid.across, along = i / grid.across;
         Share w{};
-        w.first_block = grid.blocks * across / grid.across;
-        w.end_block = grid.blocks * (across + 1) / grid.across;
-        w.first_sequence = first_of(all, along, grid.along);
-        w.end_sequence = first_of(all, along + 1, grid.along);
+        w.first_block = grid.first_block(i), w.end_block = grid.end_block(i);
+        w.first_sequence = grid.first_sequence(i, all), w.end_sequence = grid.end_sequence(i, all);
         float* sum = sums.data + along * per_channel;
         w.dA = sum + w.first_block * size;
         w.dD = sum + grid.blocks * size + w.first_block * W;
