@@ -2,11 +2,8 @@
 // depend on dt alone (Steps) or on a group's B and C alone (Shared).
 #pragma once
 
+#include "denormals.h"
 #include "gemm.h"
-
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
 
 namespace effpass {
 
@@ -55,15 +52,6 @@ inline void write_one(const Rows& to, int64_t row, int64_t token, int64_t channe
     if (to.storage == FLOAT32) *(float*)to.at(row, token, channel) = v;
     else to.store(row, token, channel, splat(v), 1);
 }
-
-// Denormals cost a hundred cycles each, and decayed states are full of them.
-struct FlushDenormals {
-#if defined(__SSE__)
-    unsigned before = _mm_getcsr();
-    FlushDenormals() { _mm_setcsr(before | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(before); }
-#endif
-};
 
 // ---- what forward and backward share -------------------------------------------------------------
 

@@ -58,11 +58,11 @@ class _Call:
         x, dt, A, B, C, D, z, dt_bias, softplus, dt_min, dt_max, start, cu_seqlens = args
         batch, tokens, heads, p = x.shape
         groups, n = B.shape[2:]
-        seqs = sequences("ssd_scan", cu_seqlens, batch, tokens)
+        self.offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
+        seqs = sequences("ssd_scan", self.offsets, batch, tokens)
         self.state_shape = (seqs.count, heads, p, n)
         self.held = [_flat(x), adjacent(dt), _flat(B), _flat(C), None if z is None else _flat(z)]
         self.small = [plain(v) for v in (A, D, dt_bias, start)]
-        self.cu_seqlens = cu_seqlens
         self.scan = _Scan(
             *(rows(v) for v in self.held),
             *(pointer(v) for v in self.small),
@@ -78,11 +78,10 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _refuses(*args: Any) -> str | None:
-    x, dt, A, B, C, D, z, dt_bias, _, _, _, start, cu_seqlens = args
-    if x.shape[2] == 0:
+    given = dict(zip(ssd_scan.signature.parameters, args, strict=True))
+    if given["x"].shape[2] == 0:
         return "x has no heads; needs at least 1"
-    tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    return refusal("ssd_scan", tensors | {"initial_state": start, "cu_seqlens": cu_seqlens})
+    return refusal("ssd_scan", given)
 
 
 def _backward(grad_y: Tensor, grad_final_state: Tensor, *args: Any) -> tuple[Tensor, ...]:
