@@ -245,7 +245,8 @@ _SSD: dict[str, Callable[[], dict[str, Any]]] = {
     "two chunks less one": lambda: _ssd(1, 127, 2, 8, 1, 16),
     "two chunks and one": lambda: _full_ssd(1, 129, 2, 8, 1, 16),
     "a group a head": lambda: _full_ssd(1, 70, 3, 8, 3, 16),
-    "many heads": lambda: _full_ssd(1, 70, 14, 8, 1, 16),
+    "wide": lambda: _full_ssd(1, 70, 14, 16, 1, 32),
+    "many sequences": lambda: _full_ssd(40, 9, 2, 8, 1, 16),
     "no gate": lambda: _full_ssd(1, 70, 4, 8, 1, 16, z=None),
     "no skip": lambda: _full_ssd(1, 70, 4, 8, 1, 16, D=None, dt_bias=None),
     "clamped": lambda: _full_ssd(1, 70, 4, 8, 2, 16, dt_min=0.2, dt_max=0.6),
@@ -291,6 +292,8 @@ _RECURRENCE: dict[str, Callable[[], dict[str, Any]]] = {
     "empty ends": lambda: _packed_recurrence(0, 5, 33, 0),
     "sliced": _sliced_recurrence,
     "resetting": _resetting_recurrence,
+    "wide": lambda: _recurrence(1, 70, 600),
+    "many sequences": lambda: _recurrence(60, 20, 40),
     "mixed": lambda: {**_recurrence(2, 21, 20), "a": torch.rand(2, 21, 20).bfloat16()},
 }
 
