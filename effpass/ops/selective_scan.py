@@ -21,17 +21,13 @@ def _steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
     return softplus(dt) if dt_softplus else dt
 
 
-def _states(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor, keep: list[Tensor] | None = None
-) -> Tensor:
-    """The state after the last token; every state before a token is appended to ``keep``."""
+def _states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> Iterator[Tensor]:
+    """The state (b d n) after each token."""
     state = start
     for t in range(x.shape[1]):
-        if keep is not None:
-            keep.append(state)
         decay = torch.exp(dt[:, t, :, None] * A)
         state = decay * state + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
-    return state
+        yield state
 
 
 def _backward(
