@@ -8,6 +8,8 @@ it was: "this token is absent".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
@@ -59,11 +61,11 @@ def _backward(
     dstart = torch.zeros_like(starts)
     for i, (rows, span) in enumerate(sequences(cu_seqlens, *x.shape[:2])):
         which = rows if cu_seqlens is None else slice(i, i + 1)
-        before: list[Tensor] = []
-        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before)
-        after = [*before[1:], last]
+        start = starts[which]
+        after = list(_states(xs[rows, span], steps[rows, span], As, Bs[rows, span], start))
+        before = [start, *after[:-1]]
         g = grad_final_state[which].to(acc)
-        for t in reversed(range(len(before))):
+        for t in reversed(range(len(after))):
             at = span.start + t
             g = g + grad[rows, at, :, None] * Cs[rows, at, None, :]
             decay = torch.exp(steps[rows, at, :, None] * As)
@@ -132,12 +134,11 @@ def selective_scan(
     y, final = xs.new_zeros(x.shape), torch.empty_like(starts)
     for i, (rows, span) in enumerate(runs):
         which = rows if cu_seqlens is None else slice(i, i + 1)
-        keep: list[Tensor] = []
-        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], keep)
-        final[which] = last
-        if keep:
-            after = torch.stack([*keep[1:], last], 1)
-            y[rows, span] = torch.einsum("btdn,btn->btd", after, Cs[rows, span])
+        state = starts[which]
+        states = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], state)
+        for t, state in enumerate(states, span.start):
+            y[rows, t] = (state * Cs[rows, t, None, :]).sum(-1)
+        final[which] = state
     y = y if D is None else y + D.to(acc) * xs
     y = y if z is None else y * silu(z.to(acc))
     return y.to(x.dtype), final

@@ -9,6 +9,7 @@ Heads share ``B`` and ``C`` in groups: head ``i`` of ``h`` reads group ``i // (h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,16 +29,13 @@ def _heads(grouped: Tensor, heads: int) -> Tensor:
     return grouped.repeat_interleave(heads // grouped.shape[2], dim=2)
 
 
-def _states(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor, keep: list[Tensor]
-) -> Tensor:
-    """The state (b h p n) after the last token; the state before each token goes to ``keep``."""
+def _states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> Iterator[Tensor]:
+    """The state (b h p n) after each token."""
     state = start
     for t in range(x.shape[1]):
-        keep.append(state)
         update = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         state = torch.exp(dt[:, t] * A)[..., None, None] * state + update
-    return state
+        yield state
 
 
 def _backward(
@@ -73,11 +71,11 @@ def _backward(
     dstart = torch.zeros_like(starts)
     for i, (rows, span) in enumerate(sequences(cu_seqlens, *x.shape[:2])):
         which = rows if cu_seqlens is None else slice(i, i + 1)
-        before: list[Tensor] = []
-        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], before)
-        after = [*before[1:], last]
+        start = starts[which]
+        after = list(_states(xs[rows, span], steps[rows, span], As, Bs[rows, span], start))
+        before = [start, *after[:-1]]
         g = grad_final_state[which].to(acc)
-        for t in reversed(range(len(before))):
+        for t in reversed(range(len(after))):
             at = span.start + t
             step, dy = steps[rows, at], grad[rows, at]
             g = g + dy[..., None] * Cs[rows, at, :, None, :]
@@ -165,11 +163,11 @@ def ssd_scan(
     y, final = xs.new_zeros(x.shape), torch.empty_like(starts)
     for i, (rows, span) in enumerate(runs):
         which = rows if cu_seqlens is None else slice(i, i + 1)
-        keep: list[Tensor] = []
-        last = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], starts[which], keep)
-        final[which] = last
-        for t, state in enumerate([*keep[1:], last] if keep else []):
-            y[rows, span.start + t] = (state * Cs[rows, span.start + t, :, None, :]).sum(-1)
+        state = starts[which]
+        states = _states(xs[rows, span], steps[rows, span], As, Bs[rows, span], state)
+        for t, state in enumerate(states, span.start):
+            y[rows, t] = (state * Cs[rows, t, :, None, :]).sum(-1)
+        final[which] = state
     y = y if D is None else y + D.to(acc)[:, None] * xs
     y = y if z is None else y * silu(z.to(acc))
     return y.to(x.dtype), final
