@@ -7,10 +7,19 @@ from torch import Tensor
 TOLERANCES: dict[str, tuple[float, float, str]] = {
     "model_fp32": (1e-5, 1e-7, "a few layers of float32 rounding, sums in another order"),
     "model_gradient_fp32": (5e-5, 1e-7, "the same, forward and back"),
+    "kernel_fp32": (3e-6, 1e-7, "float32 sums in another order; measured 8e-7 at most"),
+    "kernel_bf16": (2**-8, 1e-7, "one rounding to 8 bits, on either side of a tie"),
+    "kernel_fp16": (2**-10, 1e-7, "one rounding to 11 bits, on either side of a tie"),
     "model_bf16": (
         4e-2,
         1e-3,
         "bfloat16 keeps 8 bits; eager rounds between operations, a kernel not",
+    ),
+    "zoo_fp32": (1e-5, 1e-6, "a few layers of float32 rounding, chunked sums in another order"),
+    "zoo_gradient_fp32": (
+        1e-4,
+        1e-6,
+        "the same forward and back, through softmax, routing and exponentials",
     ),
 }
 
@@ -33,3 +42,12 @@ def close(actual: Tensor, expected: Tensor, row: str) -> None:
     assert worst <= allowed, (
         f"off by {worst:.2e}, allowed {allowed:.2e} ({row}), largest {largest:.2e}"
     )
+
+# name: (units in the last place of float32, why)
+ULPS: dict[str, tuple[float, str]] = {
+    "exp": (1.0, "a degree-6 polynomial behind an exact reduction: one rounding of the sum"),
+    "exp2": (2.0, "degree 5, exact at 0: the polynomial is off by 0.8 itself"),
+    "sigmoid": (2.0, "exp, a sum and a division"),
+    "silu": (3.0, "sigmoid and a product"),
+    "softplus": (3.0, "exp, a division and a polynomial"),
+}

@@ -112,7 +112,7 @@ def find_compiler() -> tuple[str, str]:
     clang++ on PATH. BuildError when none runs."""
     chosen = os.environ.get("CXX")
     tried = []
-    for command in [chosen] if chosen else _known_compilers():
+    for command in dict.fromkeys([chosen] if chosen else _known_compilers()):
         path = shutil.which(command)
         if path is None:
             tried.append(f"{command}: not found")
@@ -154,7 +154,7 @@ def _intact(path: Path) -> bool:
     """Whether a whole library is there; its last 32 bytes are the digest of the others."""
     try:
         content = path.read_bytes()
-    except FileNotFoundError:
+    except OSError:  # building it will say what is wrong
         return False
     return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
 

@@ -1,0 +1,227 @@
+"""Every compiled implementation of every op against the definition in float64."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from effpass.lowering.cpu import build
+from effpass.ops import OPS, Lowering
+from tests.ops.samples import SAMPLES, Sample, doubled
+from tests.tolerances import close
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROWS = {
+    torch.float32: "kernel_fp32",
+    torch.bfloat16: "kernel_bf16",
+    torch.float16: "kernel_fp16",
+}
+PACKED = [s for s in SAMPLES if "cu_seqlens" in s.make()]
+SAMPLES_OF = {op: next(s for s in SAMPLES if s.op == op) for op in OPS}
+CALLS = [
+    pytest.param(sample, dtype, id=f"{sample}-{name}")
+    for sample in SAMPLES
+    for name, dtype in DTYPES.items()
+    if sample.storage or name == "fp32"
+]
+
+
+def compiled(op: str) -> Lowering:
+    """The C++ implementation of an op."""
+    return next(w for w in OPS[op].lowerings if w.target == "cpu")
+
+
+def gradients_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Some gradients for these outputs, the same every time."""
+    made = torch.Generator().manual_seed(7)
+    return [torch.randn(out.shape, generator=made).to(out.dtype) for out in outputs]
+
+
+def run(op: str, arguments: list[Any]) -> dict[str, Tensor]:
+    """Outputs, and gradients through autograd, of the C++ implementation, by name."""
+    leaves = [
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    outputs = compiled(op).overload(*leaves)
+    names = [n for n, a in zip(OPS[op].signature.parameters, leaves, strict=True) if _wants(a)]
+    grads = torch.autograd.grad(outputs, [a for a in leaves if _wants(a)], gradients_of(outputs))
+    found = dict(zip(OPS[op].axes.outputs, (o.detach() for o in outputs), strict=True))
+    return found | {f"grad {n}": g for n, g in zip(names, grads, strict=True)}
+
+
+def _wants(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.requires_grad
+
+
+def define(op: str, arguments: list[Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the definition says in float64, in the dtypes of ``like``."""
+    exact = doubled(arguments)
+    outputs = OPS[op].reference(*exact)
+    given = [like[name] for name in OPS[op].axes.outputs]
+    grads = OPS[op].backward(*(g.double() for g in gradients_of(tuple(given))), *exact)
+    found = dict(zip(OPS[op].axes.outputs, outputs, strict=True))
+    found |= {f"grad {n}": g for n, g in zip(OPS[op].tensor_names, grads, strict=True)}
+    return {name: found[name].to(tensor.dtype) for name, tensor in like.items()}
+
+
+@functools.cache
+def expected(sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
+    arguments = sample.arguments(dtype)
+    return define(sample.op, arguments, run(sample.op, arguments))
+
+
+def agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Every output and gradient within the row of its dtype; names the first that is not."""
+    for name, tensor in found.items():
+        try:
+            close(tensor, wanted[name], ROWS[tensor.dtype])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+@pytest.mark.parametrize(("sample", "dtype"), CALLS)
+def test_is_the_definition(sample: Sample, dtype: torch.dtype, isa: str) -> None:
+    arguments = sample.arguments(dtype if sample.storage else None)
+    agree(run(sample.op, arguments), expected(sample, dtype if sample.storage else None))
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_is_a_sound_torch_op(sample: Sample) -> None:
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in sample.arguments()]
+    overload = compiled(sample.op).overload
+    torch.library.opcheck(overload, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_bad_numbers_come_through(op: str, bad: float, isa: str) -> None:
+    sample = next(s for s in SAMPLES if s.op == op and s.name == "everything")
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in sample.arguments()]
+    arguments[0][0, -2, ..., -1] = bad
+    arguments[0][1, -1, ..., 0] = bad
+    outputs = compiled(op).forward(*arguments)
+    for found, wanted in zip(outputs, OPS[op].reference(*doubled(arguments)), strict=True):
+        assert wanted.isfinite().any() and not wanted.isfinite().all()
+        close(found, wanted.to(found.dtype), ROWS[found.dtype])
+
+
+def _large(op: str) -> tuple[list[Any], list[Any]]:
+    """A call that several threads share by channels, and one they share by sequences."""
+    samples = {s.name: s for s in SAMPLES if s.op == op}
+    return samples["wide"].arguments(), samples["many sequences"].arguments()
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("which", [0, 1], ids=["channels", "sequences"])
+def test_threads_agree_and_repeat(op: str, which: int, three_threads: None) -> None:
+    arguments = _large(op)[which]
+    found = run(op, arguments)
+    again = run(op, arguments)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, again[name]), name
+    torch.set_num_threads(1)
+    alone = run(op, arguments)
+    agree(found, alone)
+    for name in OPS[op].axes.outputs:
+        assert torch.equal(found[name], alone[name]), name
+
+
+def _piece(sample: Sample, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Of every tensor what belongs to sequence ``i``: its tokens, its state, or all of it."""
+    op = OPS[sample.op]
+    given = op.bind(*sample.arguments())
+    start, end = given["cu_seqlens"][i : i + 2].tolist()
+    axes = {**op.axes.inputs, **op.axes.outputs}
+    axes |= {f"grad {name}": dims for name, dims in op.axes.inputs.items()}
+    piece = {}
+    for name, tensor in tensors.items():
+        dims = axes.get(name, ())
+        if isinstance(tensor, Tensor) and "t" in dims:
+            tensor = tensor[:, start:end]
+        elif isinstance(tensor, Tensor) and "s" in dims:
+            tensor = tensor[i : i + 1]
+        piece[name] = tensor
+    return piece
+
+
+@pytest.mark.parametrize("sample", PACKED, ids=str)
+def test_packed_is_separate(sample: Sample, isa: str) -> None:
+    op = OPS[sample.op]
+    given = op.bind(*sample.arguments())
+    packed = dict(zip(op.axes.outputs, compiled(sample.op).forward(*given.values()), strict=True))
+    for i in range(given["cu_seqlens"].shape[0] - 1):
+        one = {**_piece(sample, i, given), "cu_seqlens": None}
+        alone = compiled(sample.op).forward(*one.values())
+        agree(_piece(sample, i, packed), dict(zip(op.axes.outputs, alone, strict=True)))
+
+
+@pytest.mark.parametrize("sample", PACKED, ids=str)
+def test_a_bad_sequence_stays_alone(sample: Sample, isa: str) -> None:
+    op = OPS[sample.op]
+    arguments = sample.arguments()
+    lengths = op.bind(*arguments)["cu_seqlens"].diff()
+    worst = int(lengths.argmax())
+    clean, spoilt = run(sample.op, arguments), sample.arguments()
+    start = int(lengths[:worst].sum())
+    spoilt[0][:, start : start + int(lengths[worst])] = float("nan")
+    found = run(sample.op, spoilt)
+    assert not found[next(iter(op.axes.outputs))].isfinite().all()
+    shared = {f"grad {n}" for n, d in op.axes.inputs.items() if "t" not in d and "s" not in d}
+    for i in set(range(len(lengths))) - {worst}:
+        wanted = _piece(sample, i, clean)
+        for name, tensor in _piece(sample, i, found).items():
+            assert name in shared or torch.equal(tensor, wanted[name]), (i, name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_refusals_say_what_is_needed(op: str) -> None:
+    arguments, first = SAMPLES_OF[op].arguments(), OPS[op].tensor_names[0]
+    refuses = compiled(op).refuses
+    assert refuses(*arguments) is None
+    expected = f"{first} is float64; needs float32, bfloat16 or float16"
+    assert refuses(arguments[0].double(), *arguments[1:]) == expected
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+    assert refuses(*meta) == f"{first} is on meta; needs cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_accepts_fake_tensors_of_symbolic_sizes(op: str) -> None:
+    arguments = SAMPLES_OF[op].arguments()
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+
+    def call(*fakes: Tensor) -> Tensor:
+        assert isinstance(fakes[0].shape[1], torch.SymInt)
+        given = iter(fakes)
+        filled = [next(given) if isinstance(a, Tensor) else a for a in arguments]
+        assert compiled(op).refuses(*filled) is None
+        return compiled(op).overload(*filled)[0]
+
+    traced = make_fx(call, tracing_mode="symbolic")(*tensors)
+    assert torch.equal(traced(*tensors), compiled(op).overload(*arguments)[0])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_offsets_do_not_reach_the_kernel(op: str) -> None:
+    sample = next(s for s in PACKED if s.op == op)
+    given = OPS[op].bind(*sample.arguments())
+    given["cu_seqlens"] = given["cu_seqlens"] * 1000
+    with pytest.raises(ValueError, match=f"{op}: expected cu_seqlens to end at the token count"):
+        compiled(op).overload(*given.values())
+
+
+@pytest.mark.parametrize("isa_name", build.supported_isas())
+def test_forced_instruction_set_is_the_one_loaded(isa_name: str) -> None:
+    with build.force_isa(isa_name):
+        assert f"-{isa_name}-" in build.load("selective_scan")._name
