@@ -34,7 +34,7 @@ enum class Part {
 };
 
 // out[i][j] = beta * init[i][j] + row_scale[i] * sum_k a[i * row_step + k * k_step] * b[k][j]
-// One of a's steps must be 1. init may be out; beta = 0 means that init is not read.
+// One of a's steps must be 1.
 struct Product {
     float* out;
     int64_t out_step;
@@ -43,8 +43,8 @@ struct Product {
     int64_t row_step, k_step;
     const float* b;
     int64_t b_step;
-    float beta = 0;
-    const float* init = nullptr;       // out's steps
+    const float* init = nullptr;       // zeros when null; out's steps; may be out
+    float beta = 1;
     const float* row_scale = nullptr;  // all ones
     Part part = Part::ALL;
 };
@@ -101,7 +101,7 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t colum
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; v++) {
             F sum = t.sums[r][v] * scale;
-            if (p.beta != 0) sum = fma(beta, load(p.init + at + v * W), sum);
+            if (p.init) sum = fma(beta, load(p.init + at + v * W), sum);
             store(p.out + at + v * W, sum);
         }
     }

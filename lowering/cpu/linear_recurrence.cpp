@@ -123,8 +123,8 @@ void forward(const Recurrence& r, const ForwardOut& out, const Job& job) {
 
 // g[t] = dh[t] + a[t+1] g[t+1]; da[t] = g[t] h[t-1]; db[t] = g[t]. `h` enters as the state before
 // `start`, `g` as the gradient of the state after `end`; `before` holds CHUNK states.
-void backward_block(const Recurrence& r, const BackwardOut& out, const Block& block, int64_t start, int64_t end,
-                    Lanes h, Lanes& g, float* before) {
+void backward_block(const Recurrence& r, const BackwardOut& out, const Block& block, int64_t start,
+                    int64_t end, Lanes h, Lanes& g, float* before) {
     for (int64_t t = start; t < end; t++) {
         h.write(before + (t - start) * WIDTH, WIDTH);
         advance(r, block, t, h);

@@ -29,7 +29,8 @@ struct ForwardOut {
 struct BackwardOut {
     Rows dy, dx, ddt, dB, dC, dz;
     const float* dfinal_state;
-    float *dstart, *dA, *dD, *ddt_bias;  // the last three (sequences, heads), to be summed; dstart null without start
+    float* dstart;             // null without start
+    float *dA, *dD, *ddt_bias;  // (sequences, heads), to be summed over sequences
 };
 
 // `count` channels of a token to `to`, zeros up to a multiple of BLOCK.
@@ -39,8 +40,10 @@ inline void read(float* to, const Rows& from, int64_t row, int64_t token, int64_
     for (; i < round_up(count, BLOCK); i += W) store(to + i, F{});
 }
 
-inline void write(const Rows& to, int64_t row, int64_t token, int64_t channel, const float* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += W) to.store(row, token, channel + i, load(from + i), count - i);
+inline void write(const Rows& to, int64_t row, int64_t token, int64_t channel, const float* from,
+                  int64_t count) {
+    for (int64_t i = 0; i < count; i += W)
+        to.store(row, token, channel + i, load(from + i), count - i);
 }
 
 inline float read_one(const Rows& from, int64_t row, int64_t token, int64_t channel) {
@@ -59,6 +62,18 @@ struct Job {
     int64_t sequence, group, head, heads;
     int64_t row, token, length;  // where the sequence lies
 };
+
+struct Piece {  // one head of a job in one chunk
+    int64_t sequence, row, token, length, head;
+
+    Piece(const Job& job, int64_t start, int64_t length, int64_t head)
+        : sequence(job.sequence), row(job.row), token(job.token + start), length(length), head(head) {}
+};
+
+// Where the state (p, n) of a head begins.
+inline int64_t state_at(const Scan& s, int64_t sequence, int64_t head) {
+    return (sequence * s.heads + head) * s.p * s.n;
+}
 
 struct Jobs {
     const Scan& s;
@@ -95,17 +110,18 @@ struct Steps {  // of one head in one chunk
     alignas(64) float enter[CHUNK], leave[CHUNK];          // e^c[t], e^(c[last] - c[t])
     float total;                                           // e^c[last]
 
-    void read(const Scan& s, int64_t row, int64_t token, int64_t length, int64_t head) {
-        float bias = s.dt_bias ? s.dt_bias[head] : 0.0f;
+    void read(const Scan& s, const Piece& at) {
+        int64_t length = at.length;
+        float bias = s.dt_bias ? s.dt_bias[at.head] : 0.0f;
         for (int64_t t = 0; t < CHUNK; t++)
-            raw[t] = t < length ? read_one(s.dt, row, token + t, head) + bias : 0.0f;
+            raw[t] = t < length ? read_one(s.dt, at.row, at.token + t, at.head) + bias : 0.0f;
         for (int64_t t = 0; t < length; t += W) {
             F v = load(raw + t);
             v = s.softplus ? effpass::softplus(v) : v;
             store(soft + t, v);
             store(dt + t, at_most(splat(s.dt_max), at_least(splat(s.dt_min), v)));
         }
-        accumulate(s.A[head], length);
+        accumulate(s.A[at.head], length);
     }
 
     // Beyond 1e6 an exponential is 0 or inf already; the bound keeps the digits of what follows.
