@@ -26,14 +26,15 @@ class Arm:
         caches.mkdir(parents=True)
         self.log = caches / "stderr.txt"
         command = [sys.executable, str(WORKER), "--arm", name, "--threads", str(threads)]
-        self._process = subprocess.Popen(
-            command + ["--quick"] * quick,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            env=_environment(caches),
-        )
+        with self.log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command + ["--quick"] * quick,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=_environment(caches),
+            )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The worker's answer. Raises ArmError when it failed or died."""
