@@ -92,7 +92,7 @@ def ssd_step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
 ) -> Tensor:
-    """One token of ssd_scan, from ``tied`` arguments; ``state`` (b, h, p, n) is written in place."""
+    """One token of ssd_scan, from ``tied`` arguments; writes ``state`` (b, h, p, n) in place."""
     D, dt_bias = (None if v is None else v[:, 0] for v in (D, dt_bias))
     low, high = limits((-math.inf, math.inf))
     y, after = torch.ops.effpass.ssd_scan.default(

@@ -51,7 +51,9 @@ class Family:
             side = 8 * max(1, round(length**0.5))
             pixels = torch.randn(batch, 3, side, side, generator=generator)
             return {"pixel_values": pixels, "interpolate_pos_encoding": True}
-        inputs: Inputs = {"input_ids": torch.randint(3, VOCAB, (batch, length), generator=generator)}
+        inputs: Inputs = {
+            "input_ids": torch.randint(3, VOCAB, (batch, length), generator=generator)
+        }
         if padded:
             inputs["attention_mask"] = _right_padded(batch, length)
         return inputs | ({"use_cache": False} if self.cached else {})
@@ -182,8 +184,7 @@ FAMILIES: dict[str, Callable[[], tuple[nn.Module, MakeInputs]]] = {
     "distilbert": Family(
         "DistilBertConfig",
         "DistilBertModel",
-        {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
-        | SPECIAL,
+        {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48} | SPECIAL,
     ),
     "modernbert": _encoder(
         "ModernBert", "Model", local_attention=8, cls_token_id=1, sep_token_id=2
