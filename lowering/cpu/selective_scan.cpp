@@ -108,6 +108,7 @@ template <int N, bool read>
 void walk(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float* decay, float* state,
           Tile& tile, const Block& next) {
     F h[N];
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) h[i] = load(state + (n + i) * W);
     for (int64_t t = 0; t < tokens; t++) {
         const float *B = row(s.B, b, t) + n, *C = row(s.C, b, t) + n;
@@ -117,12 +118,14 @@ void walk(const Scan& s, const Block& b, int64_t tokens, int64_t n, const float*
             prefetch(s.dt, next, t);
             if (read) prefetch(s.z, next, t);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
             h[i] = fma(h[i], exp2(step * load(decay + (n + i) * W)), drive * B[i]);
             if (read) y = fma(h[i], splat(C[i]), y);
         }
         if (read) store(tile.y + t * W, load(tile.y + t * W) + y);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) store(state + (n + i) * W, h[i]);
 }
 
@@ -216,6 +219,7 @@ template <int N>
 void recompute(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens, int64_t n, const float* decay,
                const float* state, const Share& w, Chunk& c) {
     F h[N];
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) h[i] = load(state + (n + i) * W);
     for (int64_t t = 0; t < tokens; t++) {
         const float *B = row(s.B, b, t) + n, *C = row(s.C, b, t) + n;
@@ -229,6 +233,7 @@ void recompute(const Scan& s, const BackwardOut& out, const Block& b, int64_t to
             prefetch(s.z, next, t);
             prefetch(out.grad_y, next, t);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
             F factor = exp2(step * load(decay + (n + i) * W));
             store(w.before + at + i * W, h[i]);
@@ -246,6 +251,7 @@ template <int N>
 void reverse(const Scan& s, const BackwardOut& out, const Block& b, int64_t tokens, int64_t n, const float* decay,
              float* adjoint, float* dA, const Share& w, Chunk& c) {
     F g[N];
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) g[i] = load(adjoint + (n + i) * W);
     for (int64_t t = tokens - 1; t >= 0; t--) {
         const float *B = row(s.B, b, t) + n, *C = row(s.C, b, t) + n;
@@ -257,6 +263,7 @@ void reverse(const Scan& s, const BackwardOut& out, const Block& b, int64_t toke
             prefetch(out.ddt, b, t);
             prefetch(out.dz, b, t);
         }
+#pragma GCC unroll 16
         for (int i = 0; i < N; i++) {
             g[i] = fma(grad, splat(C[i]), g[i]);
             store(w.dB + at + i * W, fma(g[i], drive, load(w.dB + at + i * W)));
@@ -269,6 +276,7 @@ void reverse(const Scan& s, const BackwardOut& out, const Block& b, int64_t toke
         store(c.d_drive + t * W, load(c.d_drive + t * W) + d_drive);
         store(c.d_log + t * W, load(c.d_log + t * W) + d_log);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < N; i++) store(adjoint + (n + i) * W, g[i]);
 }
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_unknown_kernel_is_a_reason(fresh_build: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-1] + b"x"])
-def test_damaged_file_is_built_again(fresh_build: Path, damage) -> None:
+def test_damaged_file_is_built_again(fresh_build: Path, damage: Callable[[bytes], bytes]) -> None:
     _source("one")
     compiler = build.find_compiler()
     path = build._path("one", build.native_isa(), compiler)

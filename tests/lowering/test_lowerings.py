@@ -1,6 +1,7 @@
 """Every compiled implementation of every op against the definition in float64."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def define(op: str, arguments: list[Any], like: dict[str, Tensor]) -> dict[str, 
 
 
 @functools.cache
-def expected(sample: Sample, dtype: torch.dtype) -> dict[str, Tensor]:
+def expected(sample: Sample, dtype: torch.dtype | None) -> dict[str, Tensor]:
     arguments = sample.arguments(dtype)
     return define(sample.op, arguments, run(sample.op, arguments))
 
@@ -116,7 +117,7 @@ def _large(op: str) -> tuple[list[Any], list[Any]]:
 
 
 @pytest.fixture
-def three_threads():
+def three_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
