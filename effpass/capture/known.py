@@ -220,7 +220,7 @@ def _names(code: Any) -> set[str]:
 
 
 def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | None:
-    adapter = row.adapter(inspect.unwrap(function))
+    adapter = row.adapter(_traceable(function))
     try:
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(adapter)
     except ValueError as error:
@@ -228,6 +228,18 @@ def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | N
     if owner is not None:
         setattr(owner, row.name, _by_name(function))
     return None
+
+
+def _traceable(function: FunctionType) -> FunctionType:
+    """The torch function behind ``function``, for an adapter to call without meeting itself."""
+    inner: Any = inspect.unwrap(function)
+    if inner is not function:
+        return inner
+    twin = FunctionType(
+        inner.__code__, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__
+    )
+    twin.__kwdefaults__ = inner.__kwdefaults__
+    return twin
 
 
 def _by_name(function: Callable[..., Any]) -> Callable[..., Any]:
