@@ -105,9 +105,7 @@ def test_chunk_scan_takes_and_returns_states(load: Callable[[str], ModuleType]) 
     B, C = torch.randn(1, 8, 2, 5), torch.randn(1, 8, 2, 5)
 
     def halves(x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        first, state = scan(
-            x[:, :4], dt[:, :4], A, B[:, :4], C[:, :4], 4, return_final_states=True
-        )
+        first, state = scan(x[:, :4], dt[:, :4], A, B[:, :4], C[:, :4], 4, return_final_states=True)
         second = scan(x[:, 4:], dt[:, 4:], A, B[:, 4:], C[:, 4:], 4, initial_states=state)
         return torch.cat([first, second], 1)
 

@@ -63,9 +63,7 @@ def causal_conv1d_update(
     raise RuntimeError("this kernel needs a GPU")
 
 
-def causal_conv1d_update_ref(
-    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None
-):
+def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
     if activation not in [None, "silu", "swish"]:
         raise NotImplementedError("activation must be None, silu, or swish")
     if cache_seqlens is not None:
@@ -74,7 +72,7 @@ def causal_conv1d_update_ref(
     unsqueeze = x.dim() == 2
     if unsqueeze:
         x = x.unsqueeze(-1)
-    batch, dim, seqlen = x.shape
+    dim, seqlen = x.shape[1:]
     state_len = conv_state.shape[-1]
     x_new = torch.cat([conv_state, x], dim=-1).to(weight.dtype)
     conv_state.copy_(x_new[:, :, -state_len:])
