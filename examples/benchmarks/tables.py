@@ -96,7 +96,8 @@ def _met(met: bool) -> str:
 
 def _costs(result: dict[str, Any]) -> str:
     lines = list(COST_HEADER)
-    for row in result["rows"]:
+    timed = [row for row in result["rows"] if row["unit"] == "median_ms"]
+    for row in timed:
         for name, arm in row["arms"].items():
             first = f"{arm['first_call_s']:.1f} s" if "first_call_s" in arm else ""
             if "error" in arm:
