@@ -19,9 +19,15 @@ class ArmError(RuntimeError):
 
 
 class Arm:
-    """A running worker. Its Inductor and kernel caches lie in ``caches``, empty at the start."""
+    """A running worker. Its Inductor and kernel caches lie in ``caches``, empty at the start.
 
-    def __init__(self, name: str, caches: Path, threads: int, quick: bool) -> None:
+    A ``cold`` one also has a temporary folder of its own, where Inductor keeps the header that it
+    precompiles once a machine.
+    """
+
+    def __init__(
+        self, name: str, caches: Path, threads: int, quick: bool, cold: bool = False
+    ) -> None:
         self.name = name
         caches.mkdir(parents=True)
         self.log = caches / "stderr.txt"
@@ -33,7 +39,7 @@ class Arm:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=_environment(caches),
+                env=_environment(caches, cold),
             )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -66,11 +72,12 @@ class Arm:
         return f"exit code {self._process.returncode}, {lines[-1] if lines else 'no message'}"
 
 
-def _environment(caches: Path) -> dict[str, str]:
+def _environment(caches: Path, cold: bool) -> dict[str, str]:
     return {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "EFFPASS_CACHE_DIR": str(caches / "effpass"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **({"TMPDIR": str(caches)} if cold else {}),
     }

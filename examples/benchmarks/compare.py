@@ -42,8 +42,8 @@ class Driver:
         self.args, self.folder = args, folder
         self.arms = {name: self._arm(name, folder / name) for name in args.arms}
 
-    def _arm(self, name: str, caches: Path) -> Arm:
-        return Arm(name, caches, self.args.threads, self.args.quick)
+    def _arm(self, name: str, caches: Path, cold: bool = False) -> Arm:
+        return Arm(name, caches, self.args.threads, self.args.quick, cold)
 
     def row(self, name: str) -> dict[str, Any]:
         """One case in all arms: prepared one after the other, then timed in turns."""
@@ -94,7 +94,7 @@ class Driver:
         return _compared(COLD, title, found, "median_s", COLD_GOALS, self.folder)
 
     def _cold(self, arm: str, turn: int, entry: dict[str, Any]) -> None:
-        worker = self._arm(arm, self.folder / f"cold-{arm}-{turn}")
+        worker = self._arm(arm, self.folder / f"cold-{arm}-{turn}", cold=True)
         save = str(self.folder / f"{COLD}-{arm}.pt")
         try:
             reply = worker.ask("prepare", case="mamba1_forward", save=save, settle=0)
