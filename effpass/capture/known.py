@@ -220,7 +220,8 @@ def _names(code: Any) -> set[str]:
 
 
 def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | None:
-    adapter = row.adapter(_traceable(function))
+    original = _traceable(function)
+    adapter = _on_cpu(row.adapter(original), original)
     try:
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(adapter)
     except ValueError as error:
@@ -228,6 +229,18 @@ def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | N
     if owner is not None:
         setattr(owner, row.name, _by_name(function))
     return None
+
+
+def _on_cpu(adapter: Callable[..., Any], original: FunctionType) -> FunctionType:
+    """``adapter`` for tensors on a CPU; other devices have no kernels yet and take the original."""
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                return original(*args, **kwargs)
+        return adapter(*args, **kwargs)
+
+    return traced
 
 
 def _traceable(function: FunctionType) -> FunctionType:
