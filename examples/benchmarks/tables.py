@@ -43,7 +43,8 @@ def page(result: dict[str, Any]) -> str:
     parts = ["# Measured", summary(result), table(result)]
     if result["settings"]["quick"]:
         parts.insert(1, "**A smoke test with tiny sizes: these numbers mean nothing.**")
-    parts += ["## Memory and first calls", _costs(result)]
+    timed = [row for row in result["rows"] if row["unit"] == "median_ms"]
+    parts += ["## Memory and first calls", _costs(timed)] if timed else []
     lines = [text(result["checks"][n]) for n, text in _CHECKS.items() if n in result["checks"]]
     parts += ["## effpass with itself", *lines] if lines else []
     return "\n\n".join([*parts, "## Setting", *_setting(result["setting"])]) + "\n"
@@ -56,8 +57,9 @@ def _setting(at: dict[str, Any]) -> tuple[str, str]:
         f"{at['versions']['python']}, {at['system']}, {at['cores']} cores, load "
         f"{at['load']:.1f} at the start, {at['compiler']}.",
         "Each arm is a process of its own that starts with empty caches; the arms take turns. "
-        "The difference is the largest one over the largest value, against eager; with training, "
-        "also that of the worst gradient.",
+        "The difference is the largest one over the largest value, against eager (of the cold "
+        "compile: against torch.compile); with training, also that of the worst gradient. A cold "
+        "compile starts without Inductor's cache, its precompiled header and effpass's kernels.",
     )
 
 
@@ -94,10 +96,9 @@ def _met(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def _costs(result: dict[str, Any]) -> str:
+def _costs(rows: list[dict[str, Any]]) -> str:
     lines = list(COST_HEADER)
-    timed = [row for row in result["rows"] if row["unit"] == "median_ms"]
-    for row in timed:
+    for row in rows:
         for name, arm in row["arms"].items():
             first = f"{arm['first_call_s']:.1f} s" if "first_call_s" in arm else ""
             if "error" in arm:
