@@ -48,6 +48,7 @@ def close(actual: Tensor, expected: Tensor, row: str) -> None:
         f"off by {worst:.2e}, allowed {allowed:.2e} ({row}), largest {largest:.2e}"
     )
 
+
 # name: (units in the last place of float32, why)
 ULPS: dict[str, tuple[float, str]] = {
     "exp": (1.0, "a degree-6 polynomial behind an exact reduction: one rounding of the sum"),

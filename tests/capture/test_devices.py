@@ -1,5 +1,6 @@
 """Where there is no kernel, a known function keeps the library's own code."""
 
+import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -11,6 +12,7 @@ CONFIG = MambaConfig(
 )
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_only_tensors_on_a_cpu_reach_the_ops() -> None:
     known.install()
     ids = torch.zeros(1, 8, dtype=torch.long)
