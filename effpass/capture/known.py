@@ -26,6 +26,7 @@ from torch._dynamo.callback import callback_handler
 from effpass.capture import imports, unraised
 from effpass.capture.proof import prove
 from effpass.capture.table import TABLE, Row
+from effpass.ops import OPS
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ def _decide(module: str, owner: type | None, function: Any, row: Row) -> None:
     reason = _refusal(function, row) or _disproof(function, row)
     if reason is None:
         reason = _substitute(owner, function, row)
+    if reason is None:
+        for op in row.op.split(" or "):
+            OPS[op].prepare()
     with _lock:
         if reason is None:
             _registered.append(Known(module, where, row.op))

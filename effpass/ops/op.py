@@ -36,6 +36,7 @@ class Lowering:
     (perhaps fake) and answers None, or the reason why this implementation cannot run them.
     ``overload`` is the registered torch op. With ``splice`` the forward is traced into the graph
     instead of being called, so that the compiler fuses it (and autograd differentiates it).
+    ``prepare`` begins slow work (a build) in the background, before the first use.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Lowering:
     refuses: Refusal
     overload: Any
     splice: bool = False
+    prepare: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -121,6 +123,11 @@ class Op:
         arguments = self.bind(*args[len(self.axes.outputs) :])
         return tuple(empty_gradient(args[0], arguments[n], n) for n in self.tensor_names)
 
+    def prepare(self) -> None:
+        """Tells every implementation that this op will be used soon."""
+        for lowering in self.lowerings:
+            lowering.prepare()
+
     def choose(
         self, arguments: Sequence[Any], targets: Sequence[str] | None = None
     ) -> tuple[Lowering, list[tuple[str, str]]]:
@@ -179,6 +186,7 @@ def implements(
     backward: Callable[..., Any] | None = None,
     refuses: Refusal,
     splice: bool = False,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds the decorated function as an implementation of ``op``, before those already there.
 
@@ -188,7 +196,8 @@ def implements(
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
         gradient = backward or op.backward
         overload = None if splice else _register(op, f"effpass_{target}", forward, gradient)
-        op.lowerings.insert(0, Lowering(target, forward, gradient, refuses, overload, splice))
+        made = Lowering(target, forward, gradient, refuses, overload, splice, prepare)
+        op.lowerings.insert(0, made)
         return forward
 
     return decorate
@@ -283,7 +292,9 @@ def _schema(op: Op) -> tuple[str, str]:
     return f"{arguments} -> ({outputs})", f"({grads}, {arguments[1:]} -> ({tensors})"
 
 
-def _register(op: Op, namespace: str, forward: Callable[..., Any], backward: Callable[..., Any]):
+def _register(
+    op: Op, namespace: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Any:
     """Registers op and gradient under ``namespace``; returns the overload of the op."""
     library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
     tags = (torch.Tag.pt2_compliant_tag,)

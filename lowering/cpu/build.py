@@ -1,10 +1,10 @@
 """Compiles the C++ kernels beside this file on first use and loads them with ctypes.
 
 One shared library a ``.cpp``, plain ``extern "C"``, without torch's headers (which take longer to
-read than all kernels to compile). All libraries an instruction set lacks are compiled at once, in
-parallel. They are cached in ``$EFFPASS_CACHE_DIR``, else ``$XDG_CACHE_HOME/effpass``, else
-``~/.cache/effpass``, under a name made of sources, flags, compiler and instruction set. A file
-appears there by an atomic rename and ends in its own SHA-256, so processes may build side by side
+read than all kernels to compile). A library is compiled when its op is first wanted (``start``, in
+the background) or needed. They are cached in ``$EFFPASS_CACHE_DIR``, else
+``$XDG_CACHE_HOME/effpass``, else ``~/.cache/effpass``, under a name made of sources, flags,
+compiler and instruction set. A file appears there by an atomic rename and ends in its own SHA-256, so processes may build side by side
 and a damaged file is built again.
 """
 
@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -78,6 +78,11 @@ def load(name: str, isa: str | None = None) -> ctypes.CDLL:
     return _load(name, isa or _forced or native_isa())
 
 
+def start(name: str) -> None:
+    """Begins to build kernel ``name`` in the background, if the cache lacks it; never raises."""
+    _building(name, _forced or native_isa())
+
+
 def unavailable(name: str) -> str | None:
     """Why kernel ``name`` cannot be used here, or None. Builds it if need be; never raises."""
     return _unavailable(name, _forced or native_isa())
@@ -94,12 +99,9 @@ def _unavailable(name: str, isa: str) -> str | None:
 
 @functools.cache
 def _load(name: str, isa: str) -> ctypes.CDLL:
-    compiler = find_compiler()
-    path = _path(name, isa, compiler)
-    if not _intact(path):
-        reason = _build_missing(isa, compiler)[name]
-        if reason is not None:
-            raise BuildError(reason)
+    path = _building(name, isa).result()
+    if not _intact(path):  # gone or damaged since
+        path = _build(name, isa)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -159,27 +161,33 @@ def _intact(path: Path) -> bool:
     return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
-def _build_missing(isa: str, compiler: tuple[str, str]) -> dict[str, str | None]:
-    """Builds what the cache lacks for ``isa``; the reason of failure, or None, by kernel."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(
-            zip(names(), pool.map(lambda n: _build(n, isa, compiler), names()), strict=True)
-        )
+@functools.cache
+def _building(name: str, isa: str) -> Future[Path]:
+    """The library's path once it is there, or the BuildError that says why it cannot be."""
+    return _builders().submit(_build, name, isa)
 
 
-def _build(name: str, isa: str, compiler: tuple[str, str]) -> str | None:
+@functools.cache
+def _builders() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, "effpass-build")
+
+
+def _build(name: str, isa: str) -> Path:
+    compiler = find_compiler()
     path = _path(name, isa, compiler)
     if _intact(path):
-        return None
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as folder:
-            return _compile(name, isa, compiler[0], Path(folder) / "out.so", path)
+            _compile(name, isa, compiler[0], Path(folder) / "out.so", path)
     except OSError as error:
-        return f"cannot write kernels to {path.parent} ({error}); set EFFPASS_CACHE_DIR"
+        hint = "set EFFPASS_CACHE_DIR"
+        raise BuildError(f"cannot write kernels to {path.parent} ({error}); {hint}") from error
+    return path
 
 
-def _compile(name: str, isa: str, compiler: str, out: Path, final: Path) -> str | None:
+def _compile(name: str, isa: str, compiler: str, out: Path, final: Path) -> None:
     source = str(SOURCES / f"{name}.cpp")
     command = [compiler, *COMMON_FLAGS, *ISA_FLAGS[isa], source, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -189,8 +197,7 @@ def _compile(name: str, isa: str, compiler: str, out: Path, final: Path) -> str 
             (line for line in lines if "error" in line), lines[0] if lines else "no message"
         )
         why = f"exit code {done.returncode}: {first.strip()}"
-        return f"{compiler} could not compile {name}.cpp ({why})"
+        raise BuildError(f"{compiler} could not compile {name}.cpp ({why})")
     with out.open("ab") as file:
         file.write(hashlib.sha256(out.read_bytes()).digest())
     out.rename(final)
-    return None

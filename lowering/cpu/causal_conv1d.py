@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effpass.lowering.cpu.build import load
+from effpass.lowering.cpu.build import load, start
 from effpass.lowering.cpu.rows import (
     Rows,
     Sequences,
@@ -105,7 +105,13 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     )
 
 
-@implements(causal_conv1d, target="cpu", backward=_backward, refuses=_refuses)
+@implements(
+    causal_conv1d,
+    target="cpu",
+    backward=_backward,
+    refuses=_refuses,
+    prepare=lambda: start("causal_conv1d"),
+)
 def forward(
     x: Tensor,
     weight: Tensor,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effpass.lowering.cpu.build import load
+from effpass.lowering.cpu.build import load, start
 from effpass.lowering.cpu.rows import (
     Rows,
     Sequences,
@@ -89,7 +89,13 @@ def _backward(
     return da, db, dstart.to(initial_state.dtype), nothing
 
 
-@implements(linear_recurrence, target="cpu", backward=_backward, refuses=_refuses)
+@implements(
+    linear_recurrence,
+    target="cpu",
+    backward=_backward,
+    refuses=_refuses,
+    prepare=lambda: start("linear_recurrence"),
+)
 def forward(
     a: Tensor, b: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:

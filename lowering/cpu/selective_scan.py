@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effpass.lowering.cpu.build import load
+from effpass.lowering.cpu.build import load, start
 from effpass.lowering.cpu.rows import (
     Rows,
     Sequences,
@@ -114,7 +114,13 @@ def _kept(name: str, argument: Tensor) -> torch.dtype:
     return argument.dtype if name in _LARGE else torch.float32
 
 
-@implements(selective_scan, target="cpu", backward=_backward, refuses=_refuses)
+@implements(
+    selective_scan,
+    target="cpu",
+    backward=_backward,
+    refuses=_refuses,
+    prepare=lambda: start("selective_scan"),
+)
 def forward(
     x: Tensor,
     dt: Tensor,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effpass.lowering.cpu.build import load
+from effpass.lowering.cpu.build import load, start
 from effpass.lowering.cpu.rows import (
     Rows,
     Sequences,
@@ -107,7 +107,13 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *args: Any) -> tuple[Ten
     )
 
 
-@implements(ssd_scan, target="cpu", backward=_backward, refuses=_refuses)
+@implements(
+    ssd_scan,
+    target="cpu",
+    backward=_backward,
+    refuses=_refuses,
+    prepare=lambda: start("ssd_scan"),
+)
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """``ssd_scan`` with its arguments in order; y contiguous in x's dtype, final_state float32."""
     call, x = _Call(*args), args[0]

@@ -44,5 +44,5 @@ def fresh_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
 
 
 def _forget() -> None:
-    for cached in (build.find_compiler, build._load, build._unavailable):
+    for cached in (build.find_compiler, build._load, build._unavailable, build._building):
         cached.cache_clear()
