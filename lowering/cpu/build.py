@@ -4,8 +4,8 @@ One shared library a ``.cpp``, plain ``extern "C"``, without torch's headers (wh
 read than all kernels to compile). A library is compiled when its op is first wanted (``start``, in
 the background) or needed. They are cached in ``$EFFPASS_CACHE_DIR``, else
 ``$XDG_CACHE_HOME/effpass``, else ``~/.cache/effpass``, under a name made of sources, flags,
-compiler and instruction set. A file appears there by an atomic rename and ends in its own SHA-256, so processes may build side by side
-and a damaged file is built again.
+compiler and instruction set. A file appears there by an atomic rename and ends in its own SHA-256,
+so processes may build side by side and a damaged file is built again.
 """
 
 from __future__ import annotations
