@@ -21,6 +21,11 @@ TOLERANCES: dict[str, tuple[float, float, str]] = {
         1e-3,
         "the libraries keep dt, a state or an output in 8 bits where the ops do not",
     ),
+    "zoo_delta_rule_fp32": (
+        5e-5,
+        1e-6,
+        "chunked inverses: an ulp of the weights moves 3e-6, stock Inductor is off by 1.1e-5",
+    ),
     "zoo_gradient_fp32": (
         1e-4,
         1e-6,
