@@ -51,6 +51,7 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Rewrites one Dynamo graph and compiles it; ``keep`` receives the report of it."""
     started = time.perf_counter()
+    known.install()  # torch._dynamo.reset() forgets its callback
     report = GraphReport(f"graph_{next(_NUMBERS)}", config.compiler)
     stages = Stages(report.name)
     stages.graph("dynamo", gm)
