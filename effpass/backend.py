@@ -85,6 +85,9 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], report: GraphReport) -> Gr
         return capture(gm, inputs)
     except CaptureError as reason:
         report.declined.append(Declined("capture", "", str(reason), "the graph runs uncleaned"))
+    except Exception as error:  # declined, never an exception: Dynamo's own graph is still good
+        reason = f"it cannot be traced again: {type(error).__name__}: {error}"
+        report.declined.append(Declined("capture", "", reason, "the graph runs uncleaned"))
     return gm
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.fx.node import map_arg
@@ -31,6 +33,7 @@ RESHAPES_IN_PLACE = frozenset(
         *("resize_as_", "set_", "as_strided_", "detach_", "requires_grad_"),
     )
 )
+UNRECORDED = ("_enter_inference_mode", "_exit_inference_mode")
 
 
 class CaptureError(Exception):
@@ -50,10 +53,13 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphModule:
     _refuse(gm)
     constants = _constants(gm)
-    bodies = {
-        name: _capture(body, [_like(_example(n), mode) for n in _placeholders(body)], mode)
-        for name, body in _checkpoint_bodies(gm)
-    }
+    bodies = {}
+    for name, body, regions in _checkpoint_bodies(gm):
+        with ExitStack() as stack:
+            for region in regions:
+                stack.enter_context(_region(region))
+            inputs = [_like(_example(n), mode) for n in _placeholders(body)]
+            bodies[name] = _capture(body, inputs, mode)
     lifted = [mode.from_tensor(t, static_shapes=True) for t in constants.values()]
     recorder = _Recorder(gm, mode, list(constants), bodies)
 
@@ -63,6 +69,7 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
     with mode, preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*values, *lifted)
     _unlift(traced, len(values), constants)
+    _refuse_fakes(traced)
     traced.meta.update(gm.meta)
     return traced
 
@@ -80,10 +87,15 @@ class _Recorder(Interpreter):
         super().__init__(gm)
         self.mode, self.names, self.bodies = mode, constants, bodies
         self.constants: dict[str, Any] = {}
+        self.regions: dict[Node, torch.autocast] = {}
 
     def run_lifted(self, inputs: Sequence[Any], constants: Sequence[Any]) -> Any:
         self.constants = dict(zip(self.names, constants, strict=True))
-        return self.run(*inputs)
+        try:
+            return self.run(*inputs)
+        finally:  # only a failed run leaves a region open
+            while self.regions:
+                self.regions.popitem()[1].__exit__(None, None, None)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in self.constants:
@@ -91,9 +103,21 @@ class _Recorder(Interpreter):
         return super().get_attr(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
+        if n.target in (_enter_autocast, _exit_autocast):
+            return self._autocast(n)
         if n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
             return self._keep(n)
         return super().run_node(n)
+
+    def _autocast(self, n: Node) -> Any:
+        """Records the node, and enters or leaves the region: values inside need its dtypes."""
+        proxy = super().run_node(n)
+        if n.target is _enter_autocast:
+            self.regions[n] = _region(n)
+            self.regions[n].__enter__()
+        else:
+            self.regions.pop(n.args[0]).__exit__(None, None, None)  # type: ignore[arg-type]
+        return proxy
 
     def _keep(self, n: Node) -> Any:
         """Records the node as it is; its outputs are the fakes that Dynamo found."""
@@ -126,10 +150,12 @@ def _refuse(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "call_module":
             raise CaptureError(f"it calls the module {node.target} without tracing into it")
+        if getattr(node.target, "__name__", "") in UNRECORDED:
+            raise CaptureError(f"{node.name} changes a mode that a traced graph does not show")
         if "functorch" in (getattr(node.target, "__module__", None) or ""):
             raise CaptureError(f"{node.name} is part of a vmap or grad transform")
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name in RESHAPES_IN_PLACE:
+        if str(name).partition(".")[0] in RESHAPES_IN_PLACE:
             raise CaptureError(f"{name} changes a tensor's shape or history in place")
 
 
@@ -187,12 +213,30 @@ def _constants(gm: GraphModule) -> dict[str, Tensor]:
     return found
 
 
-def _checkpoint_bodies(gm: GraphModule) -> list[tuple[str, GraphModule]]:
-    found = []
-    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
-        name = node.args[0].target
-        found.append((name, getattr(gm, name)))
+def _checkpoint_bodies(gm: GraphModule) -> list[tuple[str, GraphModule, list[Node]]]:
+    """Name and body of each checkpoint, and the autocast regions around it, outermost first."""
+    found, regions = [], []
+    for node in gm.graph.nodes:
+        if node.target is _enter_autocast:
+            regions.append(node)
+        elif node.target is _exit_autocast:
+            regions.remove(node.args[0])
+        elif node.target is CHECKPOINT:
+            name = node.args[0].target
+            found.append((name, getattr(gm, name), list(regions)))
     return found
+
+
+def _region(enter: Node) -> torch.autocast:
+    """The autocast region that a node enters; without its cache, which would outlive the trace."""
+    device, dtype, enabled, _ = enter.args
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)  # type: ignore[arg-type]
+
+
+def _refuse_fakes(traced: GraphModule) -> None:
+    for node in traced.graph.find_nodes(op="get_attr"):
+        if isinstance(operator.attrgetter(str(node.target))(traced), FakeTensor):
+            raise CaptureError(f"{node.name} was read past the trace (through .data, say)")
 
 
 def _unlift(traced: GraphModule, inputs: int, constants: dict[str, Tensor]) -> None:

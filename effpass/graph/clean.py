@@ -1,7 +1,8 @@
 """Clean a captured graph: one spelling for what has several. Exact, and local to a few nodes.
 
 The rules are one table of functions; each looks at a node, and answers the value that replaces it
-(or None). A rule never leaves a consumer with strides that it could not have had before.
+(or None). What a rule joins lies in one region (no change of grad mode or autocast in between); an
+output of the graph keeps its own tensor; strides change only in front of ops, which read any.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ Rule = Callable[[Node], Node | None]
 
 
 def clean(gm: GraphModule) -> list[Applied]:
-    """Applies the rules, bodies of checkpoints included, until nothing changes."""
+    """Applies the rules once to every node in order, bodies of checkpoints included."""
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for body in graphs(gm):
+        _number_regions(body)
         for node in list(body.graph.nodes):
             for rule in RULES:
                 replacement = rule(node)
@@ -63,11 +65,11 @@ def double_transpose(node: Node) -> Node | None:
     source = inner.args[0]
     if not isinstance(source, Node) or _dims(node) != _dims(inner) or _dims(node) is None:
         return None
-    return source
+    return source if _one_region(node, inner, *node.users) and not _is_output(node) else None
 
 
 def matmul_of_transpose(node: Node) -> Node | None:
-    """``(W @ x^T)^T`` is ``linear(x, W)``, which leaves channels last in memory."""
+    """``(W @ x^T)^T``, read by ops alone, is ``linear(x, W)``: channels last in memory."""
     if node.target is not aten.transpose.int or _dims(node) != (1, 2):
         return None
     product = node.args[0]
@@ -78,7 +80,12 @@ def matmul_of_transpose(node: Node) -> Node | None:
         return None
     if right.target is not aten.transpose.int or _dims(right) != (1, 2) or not _tensor(weight):
         return None
-    if weight.meta["val"].dim() != 2 or weight.meta["val"].dtype != right.meta["val"].dtype:
+    left, values = weight.meta["val"], right.meta["val"]
+    if left.dim() != 2 or values.dim() != 3 or left.dtype != values.dtype:
+        return None
+    if not _one_region(node, product, right, *node.users) or not all(
+        _is_op(user) for user in node.users
+    ):
         return None
     graph = node.graph
     with graph.inserting_before(product):  # where autocast and grad mode are those of the product
@@ -89,6 +96,29 @@ def matmul_of_transpose(node: Node) -> Node | None:
 
 
 RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpose)
+
+
+# nodes after which autograd or autocast treats the same call in another way
+REGION_CHANGES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+def _number_regions(gm: GraphModule) -> None:
+    region = 0
+    for node in gm.graph.nodes:
+        region += getattr(node.target, "__name__", "") in REGION_CHANGES
+        node.meta["effpass_region"] = region
+
+
+def _one_region(*nodes: Node) -> bool:
+    return len({node.meta.get("effpass_region") for node in nodes}) == 1
+
+
+def _is_output(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _is_op(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "effpass"
 
 
 def _tensor(node: Node) -> bool:

@@ -41,8 +41,11 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> st
 def _cannot(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
     if any(isinstance(v, FakeTensor) for v in inputs):
         return "the inputs are fake (distributed wrappers give no real ones)"
-    if any(isinstance(v, torch.nn.Parameter) and n in _written(gm) for n, v in _named(gm, inputs)):
+    written = _written(gm)
+    if any(isinstance(v, torch.nn.Parameter) and n in written for n, v in _named(gm, inputs)):
         return "the graph writes to parameters"
+    if any(node.op == "get_attr" for node in written):
+        return "the graph writes to tensors that are not its inputs"
     return None
 
 
@@ -55,14 +58,30 @@ def _written(gm: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for body in graphs(gm):
         for node in body.graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if schema is None or not schema.is_mutable or not node.args:
-                continue
-            target = node.args[0]
-            while isinstance(target, Node) and target not in found:
-                found.add(target)
-                target = target.args[0] if target.args else None
+            pending = _targets(node)
+            while pending:
+                target = pending.pop()
+                if target not in found:
+                    found.add(target)
+                    pending += target.all_input_nodes[:1]  # a view's base comes first
     return found
+
+
+def _targets(node: Node) -> list[Node]:
+    """The nodes that this one's op writes to, by its schema or, in Dynamo's form, by its name."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = str(name).endswith("_") and not str(name).endswith("__")
+        return node.all_input_nodes if in_place or "out" in node.kwargs else []
+    written: list[Node] = []
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        given = node.kwargs.get(argument.name)
+        given = node.args[position] if position < len(node.args) else given
+        written += [v for v in pytree.tree_leaves(given) if isinstance(v, Node)]
+    return written
 
 
 def _run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from effpass.axes.notation import Axes
 
@@ -110,6 +111,7 @@ class Op:
 
     def fake(self, *args: Any) -> tuple[Tensor, ...]:
         """Outputs with the right shapes and dtypes and no values."""
+        _refuse_tangents(self)
         arguments = self.bind(*args)
         first = arguments[self.tensor_names[0]]
         shapes = self.axes.output_shapes(self.sizes(arguments))
@@ -248,8 +250,17 @@ def sequences(cu_seqlens: Tensor | None, rows: int, tokens: int) -> list[tuple[s
     """``(rows, tokens)`` slices of each independent run; a single one without ``cu_seqlens``."""
     if cu_seqlens is None:
         return [(slice(0, rows), slice(0, tokens))]
-    offsets = cu_seqlens.tolist()
-    return [(slice(0, 1), slice(start, end)) for start, end in pairwise(offsets)]
+    check_cu_seqlens("a packed op", cu_seqlens, rows, tokens)
+    return [(slice(0, 1), slice(*ends)) for ends in pairwise(cu_seqlens.tolist())]
+
+
+def _refuse_tangents(op: Op) -> None:
+    """Forward-mode derivatives would silently be zero."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"effpass::{op.name} has no forward-mode derivative (jvp); use reverse mode, or run "
+            "the model in a process that does not load effpass"
+        )
 
 
 def _maybe(value: Any) -> bool:
@@ -317,6 +328,7 @@ def _fill_defaults(op: Op, run: Callable[..., Any], forward: bool) -> Callable[.
     total = len(defaults) + (0 if forward else len(op.axes.outputs))
 
     def filled(*args: Any) -> Any:
+        _refuse_tangents(op)
         missing = total - len(args)  # the dispatcher drops trailing defaults
         return run(*args, *defaults[len(defaults) - missing :]) if missing else run(*args)
 

@@ -167,6 +167,15 @@ def _building(name: str, isa: str) -> Future[Path]:
     return _builders().submit(_build, name, isa)
 
 
+def _forget_builds() -> None:
+    """A forked child has none of the parent's threads: it begins again."""
+    _builders.cache_clear()
+    _building.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_builds)
+
+
 @functools.cache
 def _builders() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, "effpass-build")

@@ -77,8 +77,8 @@ def _backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, ...]:
     call = _Call(a, b, initial_state, cu_seqlens)
-    da, db = (torch.empty(v.shape, dtype=v.dtype) for v in (a, b))
-    dstart = None if initial_state is None else torch.empty(call.state_shape)
+    da, db = (v.new_empty(v.shape) for v in (a, b))
+    dstart = None if initial_state is None else a.new_empty(call.state_shape, dtype=torch.float32)
     dh, dfinal = adjacent(grad_h), grad_final_state.float().contiguous()
     out = _BackwardOut(rows(dh), rows(da), rows(db), pointer(dfinal), pointer(dstart))
     kernel = load("linear_recurrence").linear_recurrence_backward
@@ -101,7 +101,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """``linear_recurrence``; h contiguous in a's dtype, final_state float32."""
     call = _Call(a, b, initial_state, cu_seqlens)
-    h, final_state = torch.empty(a.shape, dtype=a.dtype), torch.empty(call.state_shape)
+    h, final_state = a.new_empty(a.shape), a.new_empty(call.state_shape, dtype=torch.float32)
     out = _ForwardOut(rows(h), final_state.data_ptr())
     kernel = load("linear_recurrence").linear_recurrence_forward
     kernel(ctypes.byref(call.recurrence), ctypes.byref(out))

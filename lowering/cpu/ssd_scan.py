@@ -87,10 +87,10 @@ def _refuses(*args: Any) -> str | None:
 def _backward(grad_y: Tensor, grad_final_state: Tensor, *args: Any) -> tuple[Tensor, ...]:
     call = _Call(*args)
     x, dt, A, B, C, D, z, dt_bias, _, _, _, start, cu_seqlens = args
-    dx, ddt, dB, dC = (torch.empty(v.shape, dtype=v.dtype) for v in (x, dt, B, C))
-    dz = None if z is None else torch.empty(z.shape, dtype=z.dtype)
-    dstart = None if start is None else torch.empty(call.state_shape)
-    sums = torch.empty(3, *call.state_shape[:2])
+    dx, ddt, dB, dC = (v.new_empty(v.shape) for v in (x, dt, B, C))
+    dz = None if z is None else z.new_empty(z.shape)
+    dstart = None if start is None else x.new_empty(call.state_shape, dtype=torch.float32)
+    sums = x.new_empty((3, *call.state_shape[:2]), dtype=torch.float32)
     dy, dfinal = _flat(grad_y), grad_final_state.float().contiguous()
     out = _BackwardOut(
         *(rows(v) for v in (dy, _flat(dx), ddt, _flat(dB), _flat(dC))),
@@ -117,7 +117,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *args: Any) -> tuple[Ten
 def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """``ssd_scan`` with its arguments in order; y contiguous in x's dtype, final_state float32."""
     call, x = _Call(*args), args[0]
-    y, final_state = torch.empty(x.shape, dtype=x.dtype), torch.empty(call.state_shape)
+    y, final_state = x.new_empty(x.shape), x.new_empty(call.state_shape, dtype=torch.float32)
     out = _ForwardOut(rows(y.flatten(2)), final_state.data_ptr())
     load("ssd_scan").ssd_scan_forward(ctypes.byref(call.scan), ctypes.byref(out))
     return y, final_state

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import effpass.ops  # noqa: F401  registers the ops
 from effpass.graph.clean import clean
 
 
@@ -35,8 +36,17 @@ def test_double_transpose() -> None:
 
 def test_matmul_of_transpose() -> None:
     w, x = torch.randn(5, 4), torch.randn(2, 3, 4)
-    run = lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2) * 2  # noqa: E731
+
+    def run(w: Tensor, x: Tensor) -> Tensor:
+        b = (w @ x.transpose(1, 2)).transpose(1, 2)
+        return torch.ops.effpass.linear_recurrence(b, b)[0]
+
     assert cleaned(run, w, x) == {"matmul_of_transpose": 1}
+
+
+def test_matmul_read_by_what_sees_strides_stays() -> None:
+    w, x = torch.randn(5, 4), torch.randn(2, 3, 4)
+    assert cleaned(lambda w, x: (w @ x.transpose(1, 2)).transpose(1, 2) * 2, w, x) == {}
 
 
 def test_matmul_read_in_two_ways_stays() -> None:
