@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -110,18 +111,19 @@ def _load(name: str, isa: str) -> ctypes.CDLL:
 
 @functools.cache
 def find_compiler() -> tuple[str, str]:
-    """``(path, version text)`` of the compiler: $CXX alone when set, else Inductor's, else g++ or
-    clang++ on PATH. BuildError when none runs."""
+    """``(command, version text)`` of the compiler: $CXX alone when set, else Inductor's, else g++
+    or clang++ on PATH. BuildError when none runs."""
     chosen = os.environ.get("CXX")
     tried = []
     for command in dict.fromkeys([chosen] if chosen else _known_compilers()):
-        path = shutil.which(command)
+        program, *options = shlex.split(command) or [command]
+        path = shutil.which(program)
         if path is None:
             tried.append(f"{command}: not found")
             continue
-        done = subprocess.run([path, "--version"], capture_output=True, text=True)
+        done = subprocess.run([path, *options, "--version"], capture_output=True, text=True)
         if done.returncode == 0:
-            return path, done.stdout
+            return shlex.join([path, *options]), done.stdout
         tried.append(f"{command} --version: exit code {done.returncode}")
     hint = "unset CXX or correct it" if chosen else "install g++ or set CXX"
     raise BuildError(f"no working C++ compiler ({'; '.join(tried)}); {hint}")
@@ -198,7 +200,7 @@ def _build(name: str, isa: str) -> Path:
 
 def _compile(name: str, isa: str, compiler: str, out: Path, final: Path) -> None:
     source = str(SOURCES / f"{name}.cpp")
-    command = [compiler, *COMMON_FLAGS, *ISA_FLAGS[isa], source, "-o", str(out)]
+    command = [*shlex.split(compiler), *COMMON_FLAGS, *ISA_FLAGS[isa], source, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not out.exists():
         lines = [line for line in done.stderr.splitlines() if line.strip()]

@@ -184,3 +184,32 @@ def test_inductors_compiler_is_used(fresh_build: Path) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     assert build.find_compiler()[0] == shutil.which(get_cpp_compiler())
+
+
+def test_compiler_with_options(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _source("one")
+    monkeypatch.setenv("CXX", "g++ -DUNUSED=1")
+    assert build.load("one").answer() == 42
+
+
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from effpass.lowering.cpu import build
+build.SOURCES = Path(sys.argv[1])
+build.load("one")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    print(build.load("two").answer(), flush=True)
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_builds_with_threads_of_its_own(fresh_build: Path) -> None:
+    _source("one")
+    _source("two")
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(build.SOURCES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["42", "0"], done.stderr
