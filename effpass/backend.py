@@ -74,8 +74,7 @@ def compile_graph(
         graph = _verified(before, graph, inputs, config, report)
     report.nodes_after = len(graph.graph.nodes)
     report.seconds = time.perf_counter() - started
-    stages.write("report.txt", str(_one(report)))
-    stages.write("report.json", _one(report).to_json())
+    stages.report(report)
     (keep or _publish(gm, inputs))(report)
     return _compile(graph, inputs, config)
 
@@ -134,12 +133,6 @@ def _compile(graph: GraphModule, inputs: Sequence[Any], config: Config) -> Calla
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, list(inputs), config_patches=config.inductor_patches())  # type: ignore[return-value]
-
-
-def _one(report: GraphReport) -> Any:
-    from effpass.report import Report
-
-    return Report([report])
 
 
 known.install()

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from effpass.graph.printer import text
+from effpass.report import GraphReport, Report
 
 _DIRECTORY: ContextVar[Path | None] = ContextVar("effpass_dump_directory", default=None)
 
@@ -41,11 +42,16 @@ class Stages:
     def graph(self, stage: str, gm: GraphModule) -> None:
         """Writes one stage of the graph."""
         if self._folder is not None:
-            self.write(f"{self._count:02d}_{stage}.txt", text(gm))
+            self._write(self._folder, f"{self._count:02d}_{stage}.txt", text(gm))
             self._count += 1
 
-    def write(self, file: str, content: str) -> None:
-        """Writes one file beside the stages."""
+    def report(self, report: GraphReport) -> None:
+        """Writes the report of the graph, as text and as JSON."""
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / file).write_text(content)
+            one = Report([report])
+            self._write(self._folder, "report.txt", str(one))
+            self._write(self._folder, "report.json", one.to_json())
+
+    def _write(self, folder: Path, file: str, content: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(content)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from effpass.ops import causal_conv1d, implements, linear_recurrence, selective_scan, ssd_scan
 from effpass.ops.op import accumulate_dtype
+from effpass.ops.step_sizes import step_sizes
 
 
 def _refuses(x: Tensor, *rest: Any) -> str | None:
@@ -24,12 +25,6 @@ def _refuses(x: Tensor, *rest: Any) -> str | None:
     if rest[-1] is not None:
         return "does not take cu_seqlens"
     return None
-
-
-def _steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    dt = dt.to(accumulate_dtype(dt.dtype))
-    dt = dt if dt_bias is None else dt + dt_bias
-    return softplus(dt) if dt_softplus else dt
 
 
 def _finish(y: Tensor, skip: Tensor | None, z: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -54,7 +49,7 @@ def _selective_scan(
 ) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(x.dtype)
     xs, As, Bs, Cs = (v.to(acc) for v in (x[:, 0], A, B[:, 0], C[:, 0]))
-    step = _steps(dt[:, 0], dt_bias, dt_softplus)
+    step = step_sizes(dt[:, 0], dt_bias, dt_softplus)
     state = (step * xs)[:, :, None] * Bs[:, None, :]
     if initial_state is not None:
         state = state + torch.exp(step[:, :, None] * As) * initial_state.to(acc)
@@ -84,7 +79,7 @@ def _ssd_scan(
     xs, As = x[:, 0].to(acc), A.to(acc)
     # (b g n) -> (b h 1 n): each group serves a run of heads
     Bs, Cs = (v[:, 0].to(acc).repeat_interleave(heads // v.shape[2], 1)[:, :, None] for v in (B, C))
-    step = torch.clamp(_steps(dt[:, 0], dt_bias, dt_softplus), dt_min, dt_max)
+    step = torch.clamp(step_sizes(dt[:, 0], dt_bias, dt_softplus), dt_min, dt_max)
     state = (step[:, :, None] * xs)[..., None] * Bs
     if initial_state is not None:
         state = state + torch.exp(step * As)[:, :, None, None] * initial_state.to(acc)

@@ -12,15 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from effpass.ops.op import accumulate_dtype, empty_gradient, op, sequences
-
-
-def _steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    dt = dt.to(accumulate_dtype(dt.dtype))
-    dt = dt if dt_bias is None else dt + dt_bias
-    return softplus(dt) if dt_softplus else dt
+from effpass.ops.step_sizes import step_sizes
 
 
 def _states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> Iterator[Tensor]:
@@ -50,7 +45,7 @@ def _backward(
     """The adjoint recurrence g[t] = C[t] dy[t] + exp(dt[t+1] A) g[t+1], run backwards in time."""
     acc = accumulate_dtype(x.dtype)
     xs, As, Bs, Cs, grad = (v.to(acc) for v in (x, A, B, C, grad_y))
-    steps = _steps(dt, dt_bias, dt_softplus)
+    steps = step_sizes(dt, dt_bias, dt_softplus)
     dx, ddt, dB, dC = (torch.zeros_like(v) for v in (xs, steps, Bs, Cs))
     dA = torch.zeros_like(As)
     ungated, gate = grad, None if z is None else z.to(acc)
@@ -127,7 +122,7 @@ def selective_scan(
     """
     acc = accumulate_dtype(x.dtype)
     xs, As, Bs, Cs = (v.to(acc) for v in (x, A, B, C))
-    steps = _steps(dt, dt_bias, dt_softplus)
+    steps = step_sizes(dt, dt_bias, dt_softplus)
     runs = sequences(cu_seqlens, *x.shape[:2])
     count = x.shape[0] if cu_seqlens is None else len(runs)
     starts = xs.new_zeros(count, *A.shape) if initial_state is None else initial_state.to(acc)

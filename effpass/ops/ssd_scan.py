@@ -14,15 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import silu
 
 from effpass.ops.op import accumulate_dtype, empty_gradient, op, sequences
-
-
-def _raw_steps(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    dt = dt.to(accumulate_dtype(dt.dtype))
-    dt = dt if dt_bias is None else dt + dt_bias
-    return softplus(dt) if dt_softplus else dt
+from effpass.ops.step_sizes import step_sizes
 
 
 def _heads(grouped: Tensor, heads: int) -> Tensor:
@@ -59,7 +54,7 @@ def _backward(
     acc, heads, groups = accumulate_dtype(x.dtype), x.shape[2], B.shape[2]
     xs, As, grad = x.to(acc), A.to(acc), grad_y.to(acc)
     Bs, Cs = (_heads(v.to(acc), heads) for v in (B, C))
-    raw = _raw_steps(dt, dt_bias, dt_softplus)
+    raw = step_sizes(dt, dt_bias, dt_softplus)
     steps = torch.clamp(raw, dt_min, dt_max)
     dx, ddt, dB, dC = (torch.zeros_like(v) for v in (xs, steps, Bs, Cs))
     dA = torch.zeros_like(As)
@@ -155,7 +150,7 @@ def ssd_scan(
     acc, heads = accumulate_dtype(x.dtype), x.shape[2]
     xs, As = x.to(acc), A.to(acc)
     Bs, Cs = (_heads(v.to(acc), heads) for v in (B, C))
-    steps = torch.clamp(_raw_steps(dt, dt_bias, dt_softplus), dt_min, dt_max)
+    steps = torch.clamp(step_sizes(dt, dt_bias, dt_softplus), dt_min, dt_max)
     runs = sequences(cu_seqlens, *x.shape[:2])
     count = x.shape[0] if cu_seqlens is None else len(runs)
     shape = (count, heads, x.shape[3], B.shape[3])

@@ -46,11 +46,6 @@ class BuildError(RuntimeError):
     """The kernels cannot be built or loaded; the text is the reason."""
 
 
-def names() -> list[str]:
-    """Names of all kernels: the ``.cpp`` files of this folder."""
-    return sorted(path.stem for path in SOURCES.glob("*.cpp"))
-
-
 def native_isa() -> str:
     """The widest instruction set of ISA_FLAGS that torch found on this CPU."""
     found = torch.backends.cpu.get_cpu_capability()
@@ -74,9 +69,9 @@ def force_isa(isa: str) -> Iterator[None]:
         _forced = before
 
 
-def load(name: str, isa: str | None = None) -> ctypes.CDLL:
+def load(name: str) -> ctypes.CDLL:
     """The library of kernel ``name``; raises BuildError with the reason when there can be none."""
-    return _load(name, isa or _forced or native_isa())
+    return _load(name, _forced or native_isa())
 
 
 def start(name: str) -> None:

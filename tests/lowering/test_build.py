@@ -26,7 +26,7 @@ def _fake_compiler(folder: Path, body: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("name", build.names())
+@pytest.mark.parametrize("name", sorted(p.stem for p in build.SOURCES.glob("*.cpp")))
 def test_every_kernel_builds(name: str, isa: str) -> None:
     assert build.unavailable(name) is None
 
