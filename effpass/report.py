@@ -45,6 +45,22 @@ class Miss:
 
 
 @dataclass(frozen=True)
+class Raised:
+    """Mathematics that was recognised in plain nodes: which idiom, as what, and how it is proven.
+
+    ``nodes`` is how many nodes expressed it; ``proof`` is "by structure", or what a comparison in
+    numbers gave.
+    """
+
+    idiom: str
+    op: str
+    where: str
+    source: str
+    nodes: int
+    proof: str
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The implementation that one op node got, and those that refused before it."""
 
@@ -67,6 +83,7 @@ class GraphReport:
     verified: str = "not asked"
     applied: list[Applied] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
+    raised: list[Raised] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
 
@@ -102,13 +119,22 @@ class Report:
         return [r for g in self.graphs for r in g.misses]
 
     @property
+    def raised(self) -> list[Raised]:
+        """Mathematics recognised in plain nodes, over all graphs."""
+        return [r for g in self.graphs for r in g.raised]
+
+    @property
     def chosen(self) -> list[Chosen]:
         """The implementation of every op node, over all graphs."""
         return [r for g in self.graphs for r in g.chosen]
 
     def count(self, op: str) -> int:
-        """How many nodes of the named op the graphs hold."""
-        return sum(record.op == op for record in self.chosen)
+        """How many of the named op the graphs hold.
+
+        Ops of effpass are counted as nodes, ``"sdpa"`` and ``"ffn"`` as regions that were raised.
+        """
+        nodes = sum(record.op == op for record in self.chosen)
+        return nodes or sum(record.op == op for record in self.raised)
 
     def to_json(self, indent: int | None = 2) -> str:
         """All records as JSON text."""
@@ -136,6 +162,9 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
         yield _chosen_table(graph.chosen)
     else:
         yield Text("  no op was found in this graph: it is compiled as it was captured")
+    yield from _rows(
+        "raised", ("idiom", "op", "layer", "source", "nodes", "proof"), graph.raised
+    )
     yield from _rows("rewrites", ("rewrite", "what", "count", "first at"), graph.applied)
     yield from _rows("declined", ("code", "where", "reason", "what to do"), graph.declined)
     yield from _rows(

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.graph.clean import graphs
+from effpass.graph.writes import writes
 
 # largest difference allowed, relative to the largest value: a few hundred roundings of a deep model
 ALLOWED = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -58,30 +59,13 @@ def _written(gm: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for body in graphs(gm):
         for node in body.graph.nodes:
-            pending = _targets(node)
+            pending = writes(node)
             while pending:
                 target = pending.pop()
                 if target not in found:
                     found.add(target)
                     pending += target.all_input_nodes[:1]  # a view's base comes first
     return found
-
-
-def _targets(node: Node) -> list[Node]:
-    """The nodes that this one's op writes to, by its schema or, in Dynamo's form, by its name."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        in_place = str(name).endswith("_") and not str(name).endswith("__")
-        return node.all_input_nodes if in_place or "out" in node.kwargs else []
-    written: list[Node] = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = node.kwargs.get(argument.name)
-        given = node.args[position] if position < len(node.args) else given
-        written += [v for v in pytree.tree_leaves(given) if isinstance(v, Node)]
-    return written
 
 
 def _run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
