@@ -3,7 +3,7 @@
 The graph is run once, on fake values, under ``make_fx(pre_dispatch=True)``: autograd has not been
 applied, in-place writes, ``no_grad`` and autocast regions survive as nodes, module paths and source
 lines are kept. ``torch.export`` yields the same dialect. A higher-order op keeps its node; the body
-of a checkpoint is captured as a graph of its own.
+of a checkpoint is captured as a graph of its own. A vmap becomes the operations that it stands for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_te
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
+
+from effpass.capture.vmapped import VmapError, fold, is_vmap
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 # these change a tensor's shape or history in place, which a traced graph does not show
@@ -52,6 +54,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 
 def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphModule:
     _refuse(gm)
+    try:
+        gm = fold(gm, mode, _like)
+    except VmapError as reason:
+        raise CaptureError(str(reason)) from reason
     constants = _constants(gm)
     bodies = {}
     for name, body, regions in _checkpoint_bodies(gm):
@@ -101,6 +107,10 @@ class _Recorder(Interpreter):
         if target in self.constants:
             return self.constants[target]
         return super().get_attr(target, args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Records the operations of a vmap, each with its own line of the model."""
+        return Interpreter(self.submodules[target]).run(*args)
 
     def run_node(self, n: Node) -> Any:
         if n.target in (_enter_autocast, _exit_autocast):
@@ -152,8 +162,8 @@ def _refuse(gm: GraphModule) -> None:
             raise CaptureError(f"it calls the module {node.target} without tracing into it")
         if getattr(node.target, "__name__", "") in UNRECORDED:
             raise CaptureError(f"{node.name} changes a mode that a traced graph does not show")
-        if "functorch" in (getattr(node.target, "__module__", None) or ""):
-            raise CaptureError(f"{node.name} is part of a vmap or grad transform")
+        if not is_vmap(node) and "functorch" in (getattr(node.target, "__module__", None) or ""):
+            raise CaptureError(f"{node.name} is part of a grad transform")
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         if str(name).partition(".")[0] in RESHAPES_IN_PLACE:
             raise CaptureError(f"{name} changes a tensor's shape or history in place")
