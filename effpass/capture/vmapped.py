@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import (
+    _vmap_decrement_nesting,
     get_dynamic_layer_stack_depth,
     is_batchedtensor,
-    pop_dynamic_layer_stack_and_undo_to_depth,
 )
 from torch._functorch.predispatch import lazy_load_decompositions
 from torch._ops import HigherOrderOperator, OpOverload
@@ -206,8 +206,8 @@ def _no_level_left() -> Iterator[None]:
     try:
         yield
     finally:
-        if get_dynamic_layer_stack_depth():  # some versions of torch have done it already
-            pop_dynamic_layer_stack_and_undo_to_depth(0)
+        while get_dynamic_layer_stack_depth():  # every level of a region is a vmap's
+            _vmap_decrement_nesting()
 
 
 def _example(node: Node) -> Any:
