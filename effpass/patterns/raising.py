@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from effpass.graph.clean import graphs
+from effpass.graph.duplicates import merge_duplicates
 from effpass.graph.functional import functional
 from effpass.graph.region import CarveError, Region, carve
 from effpass.graph.source import layer, line
@@ -54,6 +55,7 @@ def raise_ops(gm: GraphModule, proving: bool, idioms: Sequence[Idiom] | None = N
         if any(writes(node) for node in original.nodes):
             body.graph = _copied(original)
             functional(body)
+        merge_duplicates(body.graph)
         for idiom in idioms:
             if not idiom.records:
                 _apply(idiom, body, outcome)

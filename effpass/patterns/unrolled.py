@@ -1,0 +1,54 @@
+"""Unrolled loops over time become one linear recurrence.
+
+A Python loop ``for t in range(T): h = a_t * h + b_t; ys.append(f(h, t))`` reaches the graph as T
+copies of its body. The copies are compared (``steps``, ``loop``); what does not depend on the state
+is computed for all steps at once, the state by ``linear_recurrence``, the outputs for all steps at
+once. Whatever the body is written with: where the state is used otherwise than in
+``decay * state + add``, elementwise, the loop stays, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import networkx
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from effpass.patterns.loop import loop_of
+from effpass.patterns.proposal import Idiom, Proposal
+from effpass.patterns.rolled import Rolled
+from effpass.patterns.steps import FEWEST, steps_of
+
+
+def find(graph: Graph) -> Iterator[Node]:
+    """A member of every cycle of rows: each is a recurrence over steps."""
+    steps = steps_of(graph)
+    rows = networkx.DiGraph()
+    for row in steps.rows:
+        if row.source is None and len(row.members) >= FEWEST:
+            for _, source, back in steps.arguments(row.last):
+                if source is not None and len(source.members) >= FEWEST:
+                    rows.add_edge(source.number, row.number, back=back)
+    for cycle in networkx.strongly_connected_components(rows):
+        if len(cycle) > 1 or rows.has_edge(*(list(cycle) * 2)):
+            anchor = min(steps.rows[n].last for n in cycle)
+            anchor.meta["effpass_cycle"] = (steps, frozenset(cycle))
+            yield anchor
+
+
+def check(anchor: Node) -> Proposal | None:
+    """The loop around a cycle, rolled up. Raises Missed where it is not an affine recurrence."""
+    steps, cycle = anchor.meta.pop("effpass_cycle")
+    loop = loop_of(steps, cycle)
+    rolled = Rolled(loop)
+    inputs = tuple(rolled.inputs)
+    outputs = tuple(g.node for g in loop.gathers) + tuple(node for _, _, node in loop.singles)
+
+    def build(*values: Tensor) -> list[Tensor]:
+        return rolled(dict(zip(inputs, values, strict=True)))
+
+    return Proposal("linear_recurrence", inputs, outputs, build)
+
+
+IDIOM = Idiom("unrolled loop", find, check)
