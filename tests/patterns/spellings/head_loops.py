@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effpass import ops
-from tests.patterns.spellings.mixers import SSD, ssd_and_state_by_op, ssd_by_op
+from tests.patterns.spellings.mixers import S6, SSD, ssd_and_state_by_op, ssd_by_op
 from tests.patterns.spellings.spelling import Spelling, seeded, tokens
 
 
@@ -216,6 +216,24 @@ def _cell_loop_by_op(block: CellLoop, x: Tensor, h: Tensor) -> tuple[Tensor, ...
     return F.relu(block.read(states)), states, last
 
 
+def euler_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """1 + dt A in place of exp(dt A): linear, but not the selective scan."""
+    h, ys = torch.zeros(x.shape[0], *A.shape), []
+    for t in range(x.shape[1]):
+        step = dt[:, t].unsqueeze(-1)
+        h = h + step * (A * h + B[:, t].unsqueeze(1) * x[:, t].unsqueeze(-1))
+        ys.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    return torch.stack(ys, dim=1)
+
+
+def _euler_by_op(block: S6, h: Tensor) -> Tensor:
+    z, x, dt, A, B, C = block.ssm_inputs(h)
+    a, b = 1 + dt[..., None] * A, (dt * x)[..., None] * B[..., None, :]
+    states, _ = ops.linear_recurrence(a.flatten(2), b.flatten(2))
+    y = (states.view_as(b) @ C[..., None])[..., 0] + x * block.D
+    return block.out_proj(y * F.silu(z))
+
+
 def tokens_and_state(length: int) -> tuple[Tensor, ...]:
     """(2, length, 6) and a state (2, 9)."""
     generator = torch.Generator().manual_seed(7)
@@ -237,5 +255,6 @@ SPELLINGS = [
     Spelling("retention", seeded(Retention), *_ssd, reference=_retention_by_op),
     Spelling("real_lru", seeded(LRU), tokens(6), _linear, reference=_lru_by_op),
     Spelling("s4d", seeded(S4D), tokens(7), _linear, reference=_s4d_by_op),
+    Spelling("euler_step", seeded(S6, euler_step), tokens(6), _linear, reference=_euler_by_op),
     Spelling("cell", seeded(CellLoop), tokens_and_state, _linear, reference=_cell_loop_by_op),
 ]

@@ -1,6 +1,7 @@
 """Selective scans as loops over time: the scan is a function of a block that is always the same.
 
-Whole blocks written in one piece are in ``loop_blocks``.
+Whole blocks written in one piece are in ``loop_blocks``, states per head in ``head_loops``;
+``SPELLINGS`` holds all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tests.patterns.spellings import head_loops, loop_blocks
 from tests.patterns.spellings.mixers import S6, s6_by_op
 from tests.patterns.spellings.spelling import Spelling, seeded, tokens
 
@@ -152,6 +154,15 @@ def split_update(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tens
     return torch.matmul(hidden, C.unsqueeze(-1)).squeeze(-1) / scale
 
 
+def in_place_history(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The inputs of the states are overwritten by the states."""
+    dA = torch.exp(dt.unsqueeze(-1) * A)
+    hs = torch.einsum("bld,bln->bldn", x * dt, B)
+    for t in range(1, x.shape[1]):
+        hs[:, t] += dA[:, t] * hs[:, t - 1].clone()
+    return (hs * C.unsqueeze(2)).sum(3)
+
+
 SCANS: list[Callable[..., Tensor]] = [
     einsum_minimal,
     discretise_each_step,
@@ -164,9 +175,11 @@ SCANS: list[Callable[..., Tensor]] = [
     state_before_channel,
     upcast,
     split_update,
+    in_place_history,
 ]
 
 SPELLINGS = [
     Spelling(scan.__name__, seeded(S6, scan), tokens(6), "selective_scan", reference=s6_by_op)
     for scan in SCANS
 ]
+SPELLINGS += [*loop_blocks.SPELLINGS, *head_loops.SPELLINGS]

@@ -33,17 +33,18 @@ class Spelling:
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A module that looks like an op and is not, ``why`` in one line.
+    """A module that looks like an op and is not, ``why`` in one line; from length 5 on.
 
     ``mistaken(module, *inputs)`` gives the outputs that a careless match would put in place.
+    ``around``: an op of shifted, flipped, permuted or masked tensors would be right, if not wanted.
     """
 
     name: str
     make: Make
     inputs: Inputs
     why: str
-    multiple: int = 1
     mistaken: Callable[..., Any] | None = None
+    around: bool = False
 
 
 def seeded(cls: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Make:
