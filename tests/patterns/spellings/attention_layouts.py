@@ -125,7 +125,7 @@ class ExpandedKeys(Grouped):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = self.rotate(q), self.rotate(k)
         weights = torch.matmul(q, self.repeat_kv(k).transpose(2, 3)) * self.scaling
-        lowest = torch.full(weights.shape[-2:], torch.finfo(weights.dtype).min)
+        lowest = weights.new_full(weights.shape[-2:], torch.finfo(weights.dtype).min)
         weights = weights + torch.triu(lowest, diagonal=1)[None, None]
         weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype)
         output = torch.matmul(weights, self.repeat_kv(v)).transpose(1, 2).contiguous()

@@ -138,9 +138,9 @@ class WeightOfTheInput(Mixer):
 class WeightOfThePosition(Mixer):
     def mix(self, x: Tensor) -> Tensor:
         windows = F.pad(x, (self.k - 1, 0)).unfold(-1, self.k, 1)
-        fading = 1 / (1 + torch.arange(x.shape[-1], dtype=x.dtype))
-        taps_then = taps(self.conv)[:, None] * fading[:, None]
-        return (windows * taps_then).sum(-1) + self.bias
+        at = torch.arange(x.shape[-1], dtype=x.dtype)
+        turning = torch.cos(at[:, None] * torch.arange(self.k, dtype=x.dtype))
+        return (windows * taps(self.conv)[:, None] * turning).sum(-1) + self.bias
 
 
 class LargestOfWindow(Mixer):
@@ -163,11 +163,11 @@ class AlongChannels(Mixer):
         return y * taps(self.conv)[:, -1, None] + self.bias
 
 
-class Squared(Mixer):
+class SquashedTaps(Mixer):
     def mix(self, x: Tensor) -> Tensor:
         h = F.pad(x, (self.k - 1, 0))
         length, w = x.shape[-1], taps(self.conv)
-        y = sum(h[..., j : j + length] ** 2 * w[:, j, None] for j in range(self.k))
+        y = sum(torch.tanh(h[..., j : j + length] * w[:, j, None]) for j in range(self.k))
         return y + self.bias
 
 
@@ -221,27 +221,27 @@ class TapsApart(Mixer):
 
 
 NEAR_MISSES: list[NearMiss] = [
-    NearMiss(made.__name__, seeded(made), tokens(6), why, mistaken=made.mistaken)
-    for made, why in (
-        (Centred, "padding on both sides: it sees the next token"),
-        (RightPadded, "padding on the right only: it sees nothing but the future"),
-        (SlicedAtTheFront, "padded on both sides, the wrong end cut off: it sees the future"),
-        (OneTokenEarly, "cut one token too late: it sees the next token"),
-        (OneTokenLate, "one pad too many: it does not see the token itself"),
-        (Dilated, "a dilation of 2"),
-        (Strided, "a stride of 2"),
-        (Dense, "one group: every channel reads all others"),
-        (Grouped, "half as many groups as channels: a channel reads its neighbour"),
-        (TwoOutputs, "two outputs a channel: output i reads channel i // 2"),
-        (Wrapped, "circular padding: the first tokens read the last"),
-        (EdgeRepeated, "the first token repeated in place of zeros"),
-        (RolledRound, "rolled and not zeroed: the first tokens read the last"),
-        (ShiftedBack, "shifted the other way: it sees the future"),
-        (WeightOfTheInput, "the taps depend on the token"),
-        (WeightOfThePosition, "the taps depend on the position"),
-        (LargestOfWindow, "the largest of the window, not the sum"),
-        (AlongChannels, "it slides over channels, not over tokens"),
-        (Squared, "a sum of squares: not linear in the tokens"),
+    NearMiss(made.__name__, seeded(made), tokens(6), why, made.mistaken, around)
+    for made, why, around in (
+        (Centred, "padding on both sides: it sees the next token", True),
+        (RightPadded, "padding on the right only: it sees the future, and no past", True),
+        (SlicedAtTheFront, "padded on both sides, the wrong end cut off: it sees the future", True),
+        (OneTokenEarly, "cut one token too late: it sees the next token", True),
+        (OneTokenLate, "one pad too many: it does not see the token itself", True),
+        (Dilated, "a dilation of 2", True),
+        (Strided, "a stride of 2", True),
+        (Dense, "one group: every channel reads all others", False),
+        (Grouped, "half as many groups as channels: a channel reads its neighbour", False),
+        (TwoOutputs, "two outputs a channel: output i reads channel i // 2", True),
+        (Wrapped, "circular padding: the first tokens read the last", True),
+        (EdgeRepeated, "the first token repeated in place of zeros", True),
+        (RolledRound, "rolled and not zeroed: the first tokens read the last", True),
+        (ShiftedBack, "shifted the other way: it sees the future", True),
+        (WeightOfTheInput, "the taps depend on the token", False),
+        (WeightOfThePosition, "the taps depend on the position", False),
+        (LargestOfWindow, "the largest of the window, not the sum", False),
+        (AlongChannels, "it slides over channels, not over tokens", True),
+        (SquashedTaps, "a nonlinearity on each tap", False),
     )
 ]
 
