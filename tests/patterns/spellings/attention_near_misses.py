@@ -179,7 +179,7 @@ class Linear(Near):
         q, k = F.elu(q) + 1, F.elu(k) + 1
         kv = torch.einsum("bhsd,bhse->bhde", k, v)
         z = 1 / torch.einsum("bhtd,bhd->bht", q, k.sum(2))
-        return torch.einsum("bhtd,bhde,bht->bhte", q, kv, z)
+        return torch.einsum("bhtd,bhde->bhte", q, kv) * z[..., None]
 
 
 class Efficient(Near):
