@@ -25,7 +25,7 @@ def clean(gm: GraphModule) -> list[Applied]:
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
     for body in graphs(gm):
-        _number_regions(body)
+        number_regions(body)
         for node in list(body.graph.nodes):
             for rule in RULES:
                 replacement = rule(node)
@@ -102,7 +102,8 @@ RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpos
 REGION_CHANGES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
-def _number_regions(gm: GraphModule) -> None:
+def number_regions(gm: GraphModule) -> None:
+    """Gives each node the number of its region, counted by changes of grad mode and autocast."""
     region = 0
     for node in gm.graph.nodes:
         region += getattr(node.target, "__name__", "") in REGION_CHANGES

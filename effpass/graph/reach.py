@@ -1,0 +1,89 @@
+"""Which inputs of a graph a value may pass a gradient on to.
+
+Memory that is overwritten passes gradients of zero to what it was made of; dataflow that drops the
+old contents passes none. They are the same only where the new contents reach the same inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+
+from effpass.graph.regions import region
+from effpass.graph.storages import Storages
+
+# these read the shape alone
+MADE_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+
+
+class Reach:
+    """A set of inputs per node, as the bits of a number; written storages count as inputs too.
+
+    ``instead`` names nodes that are read in place of others, ``behind`` what a node reads alone.
+    """
+
+    def __init__(
+        self,
+        found: Storages,
+        instead: Mapping[Node, Node] | None = None,
+        behind: Mapping[Node, Node] | None = None,
+    ) -> None:
+        self.found, self.instead, self.behind = found, instead or {}, behind or {}
+        self.bits: dict[object, int] = {}
+        self.known: dict[Node, int] = {}
+
+    def of(self, node: Node) -> int:
+        """The inputs that ``node`` reaches; what it reads must not be rewritten afterwards."""
+        pending = [self._read(node)]
+        while pending:
+            each = pending[-1]
+            if each not in self.known:
+                unknown = [n for n in map(self._read, self._sources(each)) if n not in self.known]
+                if unknown:
+                    pending += unknown
+                    continue
+                self.known[each] = self._reached(each)
+            pending.pop()
+        return self.known[self._read(node)]
+
+    def together(self, nodes: Iterable[Node]) -> int:
+        """The inputs that any of ``nodes`` reaches."""
+        return functools.reduce(operator.or_, map(self.of, nodes), 0)
+
+    def _read(self, node: Node) -> Node:
+        return self.instead.get(node, node)
+
+    def _sources(self, node: Node) -> list[Node]:
+        if not self._differentiable(node):
+            return []
+        return [self.behind[node]] if node in self.behind else node.all_input_nodes
+
+    def _reached(self, node: Node) -> int:
+        reached = 0
+        if node.op in ("placeholder", "get_attr") and self._differentiable(node):
+            reached = self._bit(node)
+        storage = self.found.of.get(node)
+        if storage is not None and storage.written and self._differentiable(node):
+            reached |= self._bit(storage)
+        for source in self._sources(node):
+            reached |= self.known[self._read(source)]
+        return reached
+
+    def _differentiable(self, node: Node) -> bool:
+        if node.op == "call_function" and not self.found.modes[region(node)].grad:
+            return False
+        name = getattr(node.target, "_opname", "")
+        if name == "detach" or name in MADE_NEW or name.endswith("_like"):
+            return False
+        values = pytree.tree_leaves(node.meta.get("val"))
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        floats = any(v.is_floating_point() or v.is_complex() for v in tensors)
+        return floats or "val" not in node.meta
+
+    def _bit(self, key: object) -> int:
+        return self.bits.setdefault(key, 1 << len(self.bits))
