@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from effpass.graph.writes import writes
 
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -33,7 +34,10 @@ class CarveError(Exception):
 
 @dataclass(frozen=True)
 class Region:
-    """``nodes`` (in graph order) compute ``outputs`` from ``inputs``."""
+    """``nodes`` (in graph order) compute ``outputs`` from ``inputs``.
+
+    Symbolic sizes that the nodes read come behind the inputs that were asked for.
+    """
 
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
@@ -64,17 +68,20 @@ class Region:
 
 def carve(inputs: Sequence[Node], outputs: Sequence[Node]) -> Region:
     """The region from ``inputs`` to ``outputs``. Raises CarveError where there is none."""
-    known, found, pending = set(inputs), set(), list(outputs)
+    known, found, pending = dict.fromkeys(inputs), set(), list(outputs)
     while pending:
         node = pending.pop()
         if node in known or node in found:
+            continue
+        if isinstance(node.meta.get("val"), SYMBOLS):
+            known[node] = None
             continue
         if node.op == "placeholder":
             raise CarveError(f"it also reads the graph's input {node.name}", node)
         _refuse(node)
         found.add(node)
         pending += node.all_input_nodes
-    region = Region(tuple(inputs), tuple(outputs), tuple(sorted(found)))
+    region = Region(tuple(known), tuple(outputs), tuple(sorted(found)))
     _one_mode(region)
     _used_later(region, found)
     _unwritten(region)
@@ -131,7 +138,7 @@ def constant(node: Node, limit: int = 1 << 24) -> Tensor | None:
 
 def _symbols(node: Node) -> list[Any]:
     leaves = pytree.tree_leaves((node.args, node.kwargs))
-    return [a for a in leaves if isinstance(a, torch.SymInt | torch.SymFloat | torch.SymBool)]
+    return [a for a in leaves if isinstance(a, SYMBOLS)]
 
 
 def _refuse(node: Node) -> None:

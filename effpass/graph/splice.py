@@ -34,6 +34,7 @@ def insert(
         for region in autocasts(origin):
             stack.enter_context(region)
         traced = make_fx(lambda *values: list(function(*values)), pre_dispatch=True)(*tensors)
+    traced.graph.eliminate_dead_code()
     env: dict[Node, Node] = dict(
         zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True)
     )

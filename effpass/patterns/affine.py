@@ -62,9 +62,13 @@ def _sub(x: Any, y: Any, alpha: Any = 1) -> Affine:
 def _scaled(x: Affine, factor: Any) -> Affine:
     if isinstance(factor, int | float) and factor == 1:
         return x
-    return Affine(
-        None if x.decay is None else x.decay * factor, None if x.add is None else x.add * factor
-    )
+    return Affine(_product(x.decay, factor), _product(x.add, factor))
+
+
+def _product(x: Any, factor: Any) -> Any:
+    if x is None or isinstance(x, float) and x == 1.0:
+        return None if x is None else factor
+    return x * factor
 
 
 def _mul(x: Any, y: Any) -> Affine:

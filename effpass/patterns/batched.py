@@ -42,3 +42,12 @@ class Batched:
         double = any(v.dtype is torch.float64 for v in values)
         outputs = list(graph.output_node().args[0])  # type: ignore[arg-type]
         return evaluate(inner, outputs, dict(zip(inputs, values, strict=True)), double)
+
+    def shape(self, output: int) -> Tensor:
+        """The fake value of one output, as it was traced."""
+        return self.traced.graph.output_node().args[0][output].meta["val"]  # type: ignore[index,union-attr]
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    """Equal sizes, symbolic ones by their expression."""
+    return [str(s) for s in a.shape] == [str(s) for s in b.shape]

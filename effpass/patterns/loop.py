@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -148,7 +149,9 @@ def _absorb(loop: Loop) -> bool:
     time = loop.first - 1
     match = _Match(loop, time)
     if not match.step(loop.initial):
-        return False
+        match = _from_zero(loop, time)
+        if match is None:
+            return False
     for gather in _gather_nodes(loop):
         # outputs of that step: taken in where they are alike, left outside where not
         for item, following in pairwise(gather.args[0]):  # type: ignore[arg-type]
@@ -160,7 +163,35 @@ def _absorb(loop: Loop) -> bool:
     for number, node in match.members.items():
         loop.steps.rows[number].members[time] = node
         loop.steps.where[node] = (number, time)
+        loop.steps.groups.of[node] = loop.steps.groups.of[loop.carry.last]
     return True
+
+
+def _from_zero(loop: Loop, time: int) -> _Match | None:
+    """The first state is only what a step adds (``h = b[0]``): it started from zero."""
+    pattern, match = loop.carry.members[loop.last], _Match(loop, time)
+    state = loop.initial
+    if pattern.target is not torch.ops.aten.add.Tensor or pattern.kwargs:
+        return None
+    added = [r for _, r, lag in loop.reads(loop.carry) if r is not None and not lag]
+    added = [r for r in added if r.number not in loop.cycle]
+    if len(added) != 1 or not match.same(added[0], state):
+        return None
+    if added[0].source is not None or state in loop.steps.where:
+        # the addend itself goes on as the state: a node that is only the state tells them apart
+        loop.initial = _only_state(loop, state)
+    match.members[loop.carry.number] = loop.initial
+    match.bound[loop.carry.number] = 0.0
+    return match
+
+
+def _only_state(loop: Loop, addend: Node) -> Node:
+    graph = addend.graph
+    with graph.inserting_after(addend):
+        state = graph.call_function(torch.ops.aten.alias.default, (addend,))
+    state.meta = dict(addend.meta)
+    addend.replace_all_uses_with(state, delete_user_cb=lambda user: user is not state)
+    return state
 
 
 def _gather_nodes(loop: Loop) -> list[Node]:
@@ -187,11 +218,13 @@ class _Match:
 
     def same(self, row: Row, node: Node) -> bool:
         """``node`` is, or could be, the member of ``row`` at this time."""
-        if row.members.get(self.time) is node or self.members.get(row.number) is node:
-            return True
-        if row.source is not None or self.time in row.members or row.number in self.members:
+        if row.source is not None:
+            return row.members.get(self.time) is node
+        if row.number in self.members:
+            return self.members[row.number] is node
+        if row.members.get(self.time, node) is not node or self.loop.last not in row.members:
             return False
-        return self.loop.last in row.members and self._alike(row, node)
+        return self._alike(row, node)
 
     def _alike(self, row: Row, node: Node) -> bool:
         pattern = row.members[self.loop.last]
@@ -269,9 +302,7 @@ def free(loop: Loop, row: Row) -> bool:
         seen.add(each.number)
         span = range(loop.first, loop.last + 1)
         if each.source is not None:
-            if any(t not in each.members for t in span):
-                return False
-            continue
+            continue  # whatever steps were sliced: the whole is there
         if each.number in loop.cycle or loop.last not in each.members:
             return False
         if not all(t in each.members and same_reads(loop, each, t) for t in span):
@@ -292,6 +323,7 @@ def _uses(loop: Loop) -> None:
         loop.steps.rows[n].members[t]: (loop.steps.rows[n], t)
         for n in loop.behind
         for t in range(loop.first, loop.last + 1)
+        if t in loop.steps.rows[n].members  # a first step from zero multiplies nothing
     }
     gathered: set[Node] = set()
     for node in dict.fromkeys(user for member in inside for user in member.users):

@@ -126,7 +126,7 @@ def _proof(proposal: Proposal, region: Region, outcome: Raising) -> str:
 
 def _replace(proposal: Proposal, region: Region) -> None:
     try:
-        made = insert(proposal.build, region.inputs, region.place, region.outputs[0])
+        made = insert(proposal.build, proposal.inputs, region.place, region.outputs[0])
         replace(region.outputs, made, region.nodes)
     except SpliceError as error:
         raise Missed(f"the op does not fit: {error}", region.outputs[0]) from error

@@ -12,12 +12,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from effpass.patterns.affine import Affine, parts, step
-from effpass.patterns.batched import Batched
+from effpass.patterns.batched import Batched, same_shape
 from effpass.patterns.loop import Gather, Loop, free
 from effpass.patterns.proposal import Missed
 from effpass.patterns.steps import Row
 
 aten = torch.ops.aten
+ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Rolled:
         with self.state.fake_mode:  # type: ignore[attr-defined]
             self._trace()
         ends = [n for g in loop.gathers for n in (*g.before, *g.after)]
+        if self._starts_from_zeros():
+            loop.initial = 0.0
         for node in (loop.initial, *ends):
             if isinstance(node, Node):
                 self.inputs[node] = None
@@ -121,9 +124,10 @@ class Rolled:
         return leaf.meta["val"]
 
     def _slices(self, leaf: Slices, source: Tensor) -> Tensor:
-        first = self.loop.first - leaf.back
-        slices = source.narrow(leaf.row.dim, first, self.loop.last - self.loop.first + 1)
-        slices = slices.movedim(leaf.row.dim, 0)
+        first, count = self.loop.first - leaf.back, self.loop.last - self.loop.first + 1
+        if count < source.shape[leaf.row.dim]:
+            source = source.narrow(leaf.row.dim, first, count)
+        slices = source.movedim(leaf.row.dim, 0)
         return slices.unsqueeze(leaf.row.dim + 1) if leaf.row.keep else slices
 
     def _stacked(self, value: Tensor) -> Tensor:
@@ -168,38 +172,51 @@ class Rolled:
         return known[row.number, 0]
 
     def _check_shape(self) -> None:
-        decay = self.coefficients.traced.graph.output_node().args[0][0].meta["val"]  # type: ignore[index,union-attr]
-        shape = decay.shape[1:] if decay.dim() > self.state.dim() else decay.shape
-        if len(shape) != self.state.dim():
+        if self.coefficients.shape(0).dim() != self.state.dim() + 1:
             raise Missed("the state changes its shape in the loop", self.loop.carry.last)
+
+    def _starts_from_zeros(self) -> bool:
+        """Zeros made in the graph, no larger than the coefficients: nothing to read."""
+        initial = self.loop.initial
+        if not isinstance(initial, Node) or initial.target not in ZEROS:
+            return False
+        return same_shape(self.coefficients.shape(0)[0], self.state)
 
     def __call__(self, values: dict[Node, Tensor]) -> list[Tensor]:
         """The outputs of the loop from real or fake inputs, in the order of the proposal."""
         decay, add = self.coefficients(*(self._given(leaf, values) for leaf in self.before))
         start = self._start(values, decay)
-        decay, add, _ = torch.broadcast_tensors(decay, add, start)
+        if start is not None and start.shape != decay.shape[1:]:
+            full = start.shape
+            decay, add = (v.expand(v.shape[0], *full) for v in (decay, add))
         states, final = _recurrence(decay, add, start)
         rows = {self.loop.carry.number: states}
         if self.wanted:
-            before = torch.cat([start.unsqueeze(0), states[:-1]])
+            first = torch.zeros_like(states[:1]) if start is None else start.unsqueeze(0)
+            before = torch.cat([first, states[:-1]])
             given = [self._given(leaf, values) for leaf in self.after]
             made = self.readout(*given, states, before)
             rows |= {row.number: v for row, v in zip(self.wanted, made, strict=True)}
         outputs = []
         for gather in self.loop.gathers:
-            steps = slice(gather.first - self.loop.first, gather.last - self.loop.first + 1)
-            outputs.append(_gathered(gather, rows[gather.row.number][steps], values))
+            steps = rows[gather.row.number]
+            first, count = gather.first - self.loop.first, gather.last - gather.first + 1
+            steps = steps if count == steps.shape[0] else steps[first : first + count]
+            outputs.append(_gathered(gather, steps, values))
         for row, time, node in self.loop.singles:
             ends = row is self.loop.carry and time == self.loop.last
             value = final if ends else rows[row.number][time - self.loop.first]
             outputs.append(value.to(_dtype(node, value)))
         return outputs
 
-    def _start(self, values: dict[Node, Tensor], like: Tensor) -> Tensor:
-        """The initial state, as one step of ``like``."""
+    def _start(self, values: dict[Node, Tensor], like: Tensor) -> Tensor | None:
+        """The initial state, as one step of ``like``; None for zeros."""
         if not isinstance(self.loop.initial, Node):
-            return torch.full_like(like[0], self.loop.initial)
-        return values[self.loop.initial].to(like.dtype).expand(like.shape[1:])
+            zero = self.loop.initial == 0
+            return None if zero else torch.full_like(like[0], self.loop.initial)
+        start = values[self.loop.initial].to(like.dtype)
+        full = torch.broadcast_shapes(like.shape[1:], start.shape)
+        return start if start.shape == full else start.expand(full)
 
     def _given(self, leaf: Any, values: dict[Node, Tensor]) -> Tensor:
         if isinstance(leaf, Slices):
@@ -207,13 +224,15 @@ class Rolled:
         return values[leaf]
 
 
-def _recurrence(decay: Tensor, add: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+def _recurrence(decay: Tensor, add: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """States (t, *state) and the last one, of coefficients (t, *state) and the initial state."""
     if decay.dim() < 3:  # no batch, or one number is the state
-        states, final = _recurrence(decay.unsqueeze(1), add.unsqueeze(1), start.unsqueeze(0))
+        start = None if start is None else start.unsqueeze(0)
+        states, final = _recurrence(decay.unsqueeze(1), add.unsqueeze(1), start)
         return states.squeeze(1), final.squeeze(0)
     a, b = decay.movedim(0, 1).flatten(2), add.movedim(0, 1).flatten(2)
-    h, last = torch.ops.effpass.linear_recurrence(a, b, start.flatten(1))
+    start = None if start is None else start.flatten(1)
+    h, last = torch.ops.effpass.linear_recurrence(a, b, start)
     return h.unflatten(2, decay.shape[2:]).movedim(0, 1), last.unflatten(1, decay.shape[2:])
 
 
