@@ -27,7 +27,7 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Pick:
-    """One dim of a factor's tensor: the entry ``start``, or those along dim ``dim`` of the value."""
+    """One dim of a factor's tensor: entry ``start``, or those along ``dim`` of the value."""
 
     dim: int | None
     start: int = 0
@@ -160,10 +160,9 @@ class Value:
 
     def mapped(self, dim: int, function: Callable[[Tensor], Tensor]) -> Value:
         """``function`` moves the tokens along a dim of them."""
-        terms = tuple(replace(t, tokens=function(t.tokens)) for t in self.filled(dim).terms)
-        sizes = {t.tokens.shape[dim] for t in terms}
-        size = sizes.pop() if sizes else self.shape[dim]
-        return replace(self, shape=_set(self.shape, dim, size), terms=terms)
+        filled = self.filled(dim)
+        size = function(torch.empty(_set((1,) * self.rank, dim, self.shape[dim]))).shape[dim]
+        return filled._with(dim, size, function, lambda p: p)
 
     def grown(self, dim: int, size: int) -> Value:
         """A dim of size 1 repeated."""
@@ -221,16 +220,18 @@ def added(a: Value, b: Value) -> Value:
     """The sum, broadcast."""
     rank = max(a.rank, b.rank)
     a, b = a.linear().raised_to(rank), b.linear().raised_to(rank)
-    if not a.terms or not b.terms:
-        a, b = (b, a) if not a.terms else (a, b)
-        b = replace(b, roles=a.roles)
-    elif a.roles != b.roles:
+    if not a.terms:
+        a, b = b, a
+    if b.terms and a.roles != b.roles:
         raise Lost
-    for dim, (x, y) in enumerate(zip(a.shape, b.shape, strict=True)):
-        a, b = (a.grown(dim, y), b) if x == 1 else (a, b if b.terms else b) if y == 1 else (a, b)
-        if a.shape[dim] != y and y != 1:
+    for dim in range(rank):
+        x, y = a.shape[dim], b.shape[dim]
+        if x == 1 < y:
+            a = a.grown(dim, y)
+        elif y not in (1, x):
             raise Lost
-        b = b.grown(dim, a.shape[dim]) if b.roles[dim] is None else b
+        elif b.terms:
+            b = b.grown(dim, x)
     return replace(a, terms=(*a.terms, *b.terms))
 
 
