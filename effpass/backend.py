@@ -1,7 +1,7 @@
 """The life of one graph, top to bottom: what ``torch.compile(model, backend="effpass")`` runs.
 
-Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> an implementation for every op ->
-compiled by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all
+Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> mathematics in plain nodes raised to ops
+-> an implementation for every op -> compiled by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all
 the same.
 """
 
@@ -26,6 +26,8 @@ from effpass.graph.clean import clean
 from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
+from effpass.ops import OPS
+from effpass.patterns.raising import raise_ops
 from effpass.report import Declined, GraphReport, Miss
 
 log = logging.getLogger("effpass")
@@ -62,10 +64,12 @@ def compile_graph(
 
     report.applied += clean(graph)
     stages.graph("cleaned", graph)
-    report.misses += [
-        Miss(function, layer(node), reason, line(node))
-        for node, function, reason in known.find_unraised(graph.graph)
-    ]
+    if graph is not gm:
+        raising = raise_ops(graph, config.verify, strict=config.strict)
+        report.raised, report.misses = raising.raised, raising.misses
+        report.applied += clean(graph)
+        stages.graph("raised", graph)
+    report.misses += _unraised(graph, report)
     report.chosen += lower(graph, config.targets)
     stages.graph("lowered", graph)
     report.declined += _declined_functions(graph)
@@ -98,6 +102,16 @@ def _declined_functions(graph: GraphModule) -> list[Declined]:
         Declined("front_door", f"{d.module}.{d.function}", d.reason, hint)
         for d in known.declined()
         if d.module in used
+    ]
+
+
+def _unraised(graph: GraphModule, report: GraphReport) -> list[Miss]:
+    """Library functions that were traced, in layers where no pattern found their mathematics."""
+    found = {r.where for r in report.raised if r.op in OPS}
+    return [
+        Miss(function, layer(node), reason, line(node))
+        for node, function, reason in known.find_unraised(graph.graph)
+        if layer(node) not in found
     ]
 
 

@@ -83,7 +83,7 @@ def carve(inputs: Sequence[Node], outputs: Sequence[Node]) -> Region:
         pending += node.all_input_nodes
     region = Region(tuple(known), tuple(outputs), tuple(sorted(found)))
     _one_mode(region)
-    _used_later(region, found)
+    early_users(region)
     _unwritten(region)
     return region
 
@@ -166,12 +166,27 @@ def _one_mode(region: Region) -> None:
         raise CarveError("grad mode or autocast changes inside it", region.nodes[0])
 
 
-def _used_later(region: Region, found: set[Node]) -> None:
-    place = region.place
-    for output in region.outputs:
-        for user in output.users:
-            if user not in found and not place < user:
-                raise CarveError(f"{user.name} uses it before all of its inputs exist", user)
+def early_users(region: Region) -> list[Node]:
+    """Nodes in front of the replacement's place that read the outputs: they must move behind it.
+
+    Raises CarveError where they cannot: an input of the region depends on its output, or they
+    have effects.
+    """
+    inside, late = set(region.nodes), set(region.outputs)
+    found: list[Node] = []
+    node, place = min(region.outputs).next, region.place
+    while node is not place.next:
+        if node not in inside and not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+            found.append(node)
+        node = node.next
+    for node in found:
+        if node in region.inputs:
+            raise CarveError(f"what it reads, {node.name}, depends on what it computes", node)
+        _refuse(node)
+        if node.meta.get("effpass_region") != place.meta.get("effpass_region"):
+            raise CarveError(f"{node.name} uses it before all of its inputs exist", node)
+    return found
 
 
 def _unwritten(region: Region) -> None:

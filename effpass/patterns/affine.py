@@ -12,6 +12,7 @@ from torch.fx import Node
 from effpass.patterns.proposal import Missed
 
 aten = torch.ops.aten
+CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 
 class Affine(NamedTuple):
@@ -26,6 +27,7 @@ def step(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Affine:
     rule, value = RULES.get(node.target), node.meta.get("val")
     if rule is None or not isinstance(value, Tensor) or not value.is_floating_point():
         raise Missed(f"{_name(node)} is applied to the state inside the recurrence", node)
+    _refuse_rounding(node, value)
     try:
         return rule(*args, **kwargs)
     except _Nonlinear as error:
@@ -34,6 +36,14 @@ def step(node: Node, args: Sequence[Any], kwargs: dict[str, Any]) -> Affine:
 
 class _Nonlinear(Exception):
     pass
+
+
+def _refuse_rounding(node: Node, value: Tensor) -> None:
+    for source in node.all_input_nodes:
+        before = source.meta.get("val")
+        if node.target in CASTS and isinstance(before, Tensor):
+            if torch.promote_types(before.dtype, value.dtype) != value.dtype:
+                raise Missed(f"the state is rounded to {value.dtype} inside the recurrence", node)
 
 
 def _name(node: Node) -> str:
@@ -160,10 +170,7 @@ RULES: dict[Any, Callable[..., Affine]] = {
     aten.clone.default: _same,
     aten.contiguous.default: _same,
     aten.alias.default: _same,
-    # a cast of the state rounds it; the op keeps it in at least float32
-    aten.to.dtype: _same,
-    aten._to_copy.default: _same,
-    aten.type_as.default: _same,
+    **dict.fromkeys(CASTS, _same),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from effpass.patterns.channels import made_by_weights
 from effpass.patterns.proposal import Missed
 from effpass.patterns.steps import FEWEST, GATHERS, Row, Steps
 
@@ -55,6 +56,11 @@ def loop_of(steps: Steps, cycle: frozenset[int]) -> Loop:
     rows = [steps.rows[n] for n in sorted(cycle)]
     anchor = max((row.last for row in rows))
     carry = _carry(steps, cycle, rows, anchor)
+    leaves = [r for r in steps.rows if r.source is not None and _together(steps, r.last, anchor)]
+    if any(leaf.backwards for leaf in leaves):
+        raise Missed("the loop runs from the last step to the first", anchor)
+    if any(made_by_weights(leaf.source, leaf.dim) for leaf in leaves):  # type: ignore[arg-type]
+        raise Missed("the loop runs over the channels of a projection, not over time", anchor)
     first, last = _range(steps, rows, anchor)
     loop = Loop(steps, cycle, carry, first, last, None)
     for row in rows:
@@ -69,6 +75,10 @@ def loop_of(steps: Steps, cycle: frozenset[int]) -> Loop:
     if not loop.gathers and not loop.singles:
         raise Missed("nothing of the loop is used", anchor)
     return loop
+
+
+def _together(steps: Steps, a: Node, b: Node) -> bool:
+    return steps.groups.find(a) == steps.groups.find(b)
 
 
 def _carry(steps: Steps, cycle: frozenset[int], rows: Sequence[Row], anchor: Node) -> Row:

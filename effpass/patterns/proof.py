@@ -43,11 +43,10 @@ def _draw(node: Node, proposal: Proposal, generator: torch.Generator, kept: floa
     if not isinstance(like, Tensor):
         return _hint(like)
     shape = [_hint(size) for size in like.shape]
-    if like.dtype is torch.bool:
-        return torch.rand(shape, generator=generator) < kept
-    if not like.is_floating_point():
-        return (torch.rand(shape, generator=generator) < kept).to(like.dtype)
-    value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if like.is_floating_point():
+        value = torch.randn(shape, generator=generator, dtype=torch.float64)
+    else:
+        value = (torch.rand(shape, generator=generator) < kept).to(like.dtype)
     return proposal.draw[node](value) if node in proposal.draw else value
 
 
@@ -57,7 +56,9 @@ def _disturbed(node: Node, value: Any, proposal: Proposal, generator: torch.Gene
     dim = proposal.tokens[node]
     half = value.shape[dim] // 2
     fresh = _draw(node, proposal, generator, 0.8)
-    return torch.cat([value.narrow(dim, 0, half), fresh.narrow(dim, half, value.shape[dim] - half)], dim)
+    return torch.cat(
+        [value.narrow(dim, 0, half), fresh.narrow(dim, half, value.shape[dim] - half)], dim
+    )
 
 
 def _compare(proposal: Proposal, region: Region, values: Sequence[Any]) -> tuple[list[Any], float]:

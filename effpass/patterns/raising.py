@@ -15,15 +15,20 @@ from torch.fx import Graph, GraphModule, Node
 from effpass.graph.clean import graphs
 from effpass.graph.duplicates import merge_duplicates
 from effpass.graph.functional import functional
-from effpass.graph.region import CarveError, Region, carve
+from effpass.graph.region import CarveError, Region, carve, early_users
 from effpass.graph.source import layer, line
 from effpass.graph.splice import SpliceError, insert, replace
 from effpass.graph.writes import writes
+from effpass.patterns import convolution, discretised, unrolled
 from effpass.patterns.proof import prove
 from effpass.patterns.proposal import Idiom, Missed, Proposal, Recorded
 from effpass.report import Miss, Raised
 
-IDIOMS: tuple[Idiom, ...] = ()
+IDIOMS: tuple[Idiom, ...] = (
+    convolution.IDIOM,
+    unrolled.IDIOM,
+    discretised.IDIOM,
+)
 
 
 @dataclass
@@ -31,9 +36,14 @@ class Raising:
     """What became of one graph: records of what was raised, and of the nearest misses."""
 
     proving: bool
+    strict: bool = False
     raised: list[Raised] = field(default_factory=list)
     missed: list[tuple[Node, Miss]] = field(default_factory=list)
     proven: dict[Any, str] = field(default_factory=dict)
+
+    def miss(self, idiom: Idiom, anchor: Node, at: Node, reason: str) -> None:
+        """Records why ``anchor`` was not raised, and at which node."""
+        self.missed.append((anchor, Miss(idiom.name, layer(at), reason, line(at))))
 
     @property
     def misses(self) -> list[Miss]:
@@ -41,14 +51,20 @@ class Raising:
         return list(dict.fromkeys(miss for node, miss in self.missed if not node._erased))
 
 
-def raise_ops(gm: GraphModule, proving: bool, idioms: Sequence[Idiom] | None = None) -> Raising:
+def raise_ops(
+    gm: GraphModule,
+    proving: bool,
+    idioms: Sequence[Idiom] | None = None,
+    strict: bool = False,
+) -> Raising:
     """Replaces what the idioms recognise, in place, in a graph and the bodies inside it.
 
     ``proving`` compares every region with its replacement on random inputs (always done where
-    structure alone does not settle it). Graphs with in-place writes are matched in a functional
+    structure alone does not settle it). An idiom that fails is a miss, with ``strict`` an exception.
+    Graphs with in-place writes are matched in a functional
     form, which is kept only if something was raised in it.
     """
-    outcome = Raising(proving)
+    outcome = Raising(proving, strict)
     idioms = IDIOMS if idioms is None else idioms
     for body in graphs(gm):
         original, count = body.graph, len(outcome.raised)
@@ -90,9 +106,11 @@ def _apply(idiom: Idiom, body: GraphModule, outcome: Raising) -> None:
             if proposal is not None:
                 outcome.raised.append(_accept(idiom, proposal, body, outcome))
         except Missed as miss:
-            at = miss.node
-            record = Miss(idiom.name, layer(at), miss.reason, line(at))
-            outcome.missed.append((node, record))
+            outcome.miss(idiom, node, miss.node, miss.reason)
+        except Exception as error:  # never the user's problem: the nodes stay as they are
+            if outcome.strict:
+                raise
+            outcome.miss(idiom, node, node, f"it failed: {type(error).__name__}: {error}")
 
 
 def _accept(idiom: Idiom, proposal: Proposal, body: GraphModule, outcome: Raising) -> Raised:
@@ -125,8 +143,11 @@ def _proof(proposal: Proposal, region: Region, outcome: Raising) -> str:
 
 
 def _replace(proposal: Proposal, region: Region) -> None:
+    place = region.place
+    for node in reversed(early_users(region)):
+        place.append(node)
     try:
-        made = insert(proposal.build, proposal.inputs, region.place, region.outputs[0])
+        made = insert(proposal.build, proposal.inputs, place, region.outputs[0])
         replace(region.outputs, made, region.nodes)
     except SpliceError as error:
         raise Missed(f"the op does not fit: {error}", region.outputs[0]) from error

@@ -44,8 +44,7 @@ class Rolled:
         with self.state.fake_mode:  # type: ignore[attr-defined]
             self._trace()
         ends = [n for g in loop.gathers for n in (*g.before, *g.after)]
-        if self._starts_from_zeros():
-            loop.initial = 0.0
+        self.zeros = self._starts_from_zeros()
         for node in (loop.initial, *ends):
             if isinstance(node, Node):
                 self.inputs[node] = None
@@ -211,9 +210,10 @@ class Rolled:
 
     def _start(self, values: dict[Node, Tensor], like: Tensor) -> Tensor | None:
         """The initial state, as one step of ``like``; None for zeros."""
+        if self.zeros or self.loop.initial == 0:
+            return None
         if not isinstance(self.loop.initial, Node):
-            zero = self.loop.initial == 0
-            return None if zero else torch.full_like(like[0], self.loop.initial)
+            return torch.full_like(like[0], self.loop.initial)
         start = values[self.loop.initial].to(like.dtype)
         full = torch.broadcast_shapes(like.shape[1:], start.shape)
         return start if start.shape == full else start.expand(full)

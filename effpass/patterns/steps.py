@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Row:
     source: Node | None = None
     dim: int = 0
     keep: bool = False
+    backwards: bool = False  # taken from the last to the first: times count from the end
 
     @property
     def last(self) -> Node:
@@ -76,7 +78,7 @@ def steps_of(graph: Graph) -> Steps:
             groups.add(node, key)
         else:
             timed = [a for a in node.all_input_nodes if a in found.where]
-            if not timed or isinstance(node.meta.get("val"), list | tuple):
+            if not timed:
                 continue
             index = groups.join(node, timed, found.where)
             key = _key(node, index, found.where, groups)
@@ -85,8 +87,10 @@ def steps_of(graph: Graph) -> Steps:
             key = (key, "again")  # the same twice in one step
             number = numbers.setdefault(key, len(found.rows))
         if number == len(found.rows):
-            leaf = slots.get(node)
-            row = Row(number) if leaf is None else Row(number, {}, leaf[0], leaf[1], leaf[3])
+            row = Row(number)
+            if node in slots:
+                row.source, row.dim, row.keep = source, dim, keep
+                row.backwards = slot(node)[2] != index  # type: ignore[index]
             found.rows.append(row)
         found.rows[number].members[index] = node
         found.where[node] = (number, index)
@@ -142,14 +146,27 @@ def _slots(graph: Graph) -> dict[Node, tuple[Node, int, int, bool]]:
     found: dict[Any, dict[Node, int]] = {}
     for node in graph.nodes:
         leaf = slot(node)
-        if leaf is not None:
+        if leaf is not None and node.users:
             found.setdefault((leaf[0], leaf[1], leaf[3]), {})[node] = leaf[2]
     return {
         node: (source, dim, index, keep)
         for (source, dim, keep), taken in found.items()
         if len(set(taken.values())) >= FEWEST
-        for node, index in taken.items()
+        for node, index in _times(taken).items()
     }
+
+
+def _times(taken: dict[Node, int]) -> dict[Node, int]:
+    """Indices; counted from the end where they are used from the last to the first."""
+    if not is_backwards(taken):
+        return taken
+    return {node: max(taken.values()) - index for node, index in taken.items()}
+
+
+def is_backwards(taken: dict[Node, int]) -> bool:
+    """The slices are used in falling order of their indices."""
+    order = [taken[node] for node in sorted(taken, key=lambda n: min(n.users))]
+    return all(a > b for a, b in pairwise(order))
 
 
 class _Groups:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import networkx
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -48,7 +49,8 @@ def check(anchor: Node) -> Proposal | None:
     def build(*values: Tensor) -> list[Tensor]:
         return rolled(dict(zip(inputs, values, strict=True)))
 
-    return Proposal("linear_recurrence", inputs, outputs, build)
+    draw = {n: torch.zeros_like for n in inputs if rolled.zeros and n is loop.initial}
+    return Proposal("linear_recurrence", inputs, outputs, build, draw)
 
 
 IDIOM = Idiom("unrolled loop", find, check)

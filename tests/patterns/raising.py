@@ -33,7 +33,7 @@ class Raiser:
     def _backend(self, gm: GraphModule, inputs: Sequence[Any]) -> Any:
         graph = capture(gm, inputs)
         clean(graph)
-        self.outcomes.append(raise_ops(graph, proving=True, idioms=self.idioms))
+        self.outcomes.append(raise_ops(graph, proving=True, idioms=self.idioms, strict=True))
         graph.graph.lint()
         self.graphs.append(graph)
         return graph.forward
