@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from effpass.graph.source import layer
@@ -95,7 +96,34 @@ def matmul_of_transpose(node: Node) -> Node | None:
     return linear
 
 
-RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpose)
+def made_by_size(node: Node) -> Node | None:
+    """``x.new_zeros(...)`` and ``zeros_like(x)`` of fixed size read nothing of x: it is ``zeros``."""
+    made = MADE_BY_SIZE.get(node.target)
+    value = node.meta.get("val")
+    if made is None or not isinstance(value, torch.Tensor):
+        return None
+    shape, fills = list(value.shape), () if made[1] is None else (node.args[made[1]],)
+    if not all(isinstance(n, int) for n in shape) or not value.is_contiguous():
+        return None
+    if any(isinstance(fill, Node) for fill in fills):
+        return None
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    with node.graph.inserting_before(node):
+        fresh = node.graph.call_function(made[0], (shape, *fills), kwargs)
+    fresh.meta = dict(node.meta)
+    return fresh
+
+
+# what each becomes, and at which place its fill stands
+MADE_BY_SIZE: dict[object, tuple[OpOverload, int | None]] = {
+    aten.new_zeros.default: (aten.zeros.default, None),
+    aten.zeros_like.default: (aten.zeros.default, None),
+    aten.new_ones.default: (aten.ones.default, None),
+    aten.ones_like.default: (aten.ones.default, None),
+    aten.new_full.default: (aten.full.default, 2),
+    aten.full_like.default: (aten.full.default, 1),
+}
+RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpose, made_by_size)
 
 
 # nodes after which autograd or autocast treats the same call in another way

@@ -28,6 +28,18 @@ def test_copying_cast_stays() -> None:
     assert cleaned(lambda x: x.to(torch.float32, copy=True).add_(1), x) == {}
 
 
+def test_tensors_made_by_size() -> None:
+    x = torch.randn(2, 3, dtype=torch.float64)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        y = x * 2
+        made = (y.new_zeros(2), y.new_ones(1, 4), y.new_full((3,), 7, dtype=torch.int64))
+        return (*made, torch.zeros_like(y), torch.full_like(y, -1.5), torch.ones_like(y.t()))
+
+    assert cleaned(run, x) == {"made_by_size": 5}  # the last one has strides of its own
+    assert cleaned(lambda x: torch.zeros_like(x).add_(x), x) == {"made_by_size": 1}
+
+
 def test_double_transpose() -> None:
     x = torch.randn(2, 3, 4)
     assert cleaned(lambda x: x.transpose(1, 2).transpose(-1, 1) + 1, x) == {"double_transpose": 1}
