@@ -97,7 +97,7 @@ def matmul_of_transpose(node: Node) -> Node | None:
 
 
 def made_by_size(node: Node) -> Node | None:
-    """``x.new_zeros(...)`` and ``zeros_like(x)`` of fixed size read nothing of x: it is ``zeros``."""
+    """``x.new_zeros(2)`` and ``zeros_like(x)`` of fixed size read nothing of x."""
     made = MADE_BY_SIZE.get(node.target)
     value = node.meta.get("val")
     if made is None or not isinstance(value, torch.Tensor):

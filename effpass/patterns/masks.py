@@ -1,0 +1,272 @@
+"""Masks of attention: steps from scores to what softmax sees, as one bias that is added to them.
+
+Adding is adding. Overwriting a score is not: ``where(mask, fill, s)`` becomes ``s + fill``, which
+is the same where the fill leaves no weight beside a visible key, and in a row without visible keys
+only if ``s`` is 0 there. So the queries of such rows are zeroed while running (unless the fill is so
+low that adding a score to it changes nothing). Rows of nothing but -inf are NaN, as in softmax.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from effpass.graph.region import constant
+from effpass.patterns.bounds import lowest, values
+from effpass.patterns.labels import Dims
+from effpass.patterns.proposal import Missed
+
+HIDES = -5e3  # a score this far below another has no weight: exp underflows
+SWALLOWS = -1e30  # adding a score to this changes nothing in float32
+MODERATE = 1e3
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node whose dims are labelled."""
+
+    node: Node
+    dims: Dims
+
+
+@dataclass(frozen=True)
+class Added:
+    """``scores + factor * value``."""
+
+    value: Operand | float
+    factor: float
+
+    def scaled(self, factor: float) -> Added:
+        """The step in front of a multiplication."""
+        return replace(self, factor=self.factor * factor)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """``value`` where the mask is true; with ``inverted``, where it is false (or 0)."""
+
+    mask: Operand
+    inverted: bool
+    value: float
+
+    def scaled(self, factor: float) -> Filled:
+        """The step in front of a multiplication."""
+        return replace(self, value=self.value * factor)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """No score is lower than ``value``."""
+
+    value: float
+
+    def scaled(self, factor: float) -> Floor:
+        """The step in front of a multiplication."""
+        return replace(self, value=self.value * factor)
+
+
+Step = Added | Filled | Floor
+Arrange = Callable[[Operand], Tensor]
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What the steps come to.
+
+    ``causal``: exactly that no key is later than its query. ``rests``: some rows may have no
+    visible key, so that their queries are to be zeroed. ``empty``: some rows may be all -inf.
+    """
+
+    steps: tuple[Step, ...] = ()
+    causal: bool = False
+    rests: bool = False
+    empty: bool = False
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The bias that constants make, and where they overwrite."""
+
+    total: Tensor
+    filled: Tensor
+
+    @property
+    def visible(self) -> Tensor:
+        return (self.total > HIDES) & ~self.filled
+
+    def is_causal(self) -> bool:
+        """Square, every key up to its query has bias 0, every later one is hidden."""
+        queries, keys = self.total.shape[-2:]
+        allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
+        clear = self.total.where(allowed, 0).count_nonzero() == 0
+        return queries == keys and bool(clear) and bool((self.visible == allowed).all())
+
+
+def operands(steps: Sequence[Step]) -> list[Operand]:
+    """The tensors that steps read."""
+    found = [
+        s.mask if isinstance(s, Filled) else s.value for s in steps if not isinstance(s, Floor)
+    ]
+    return [operand for operand in found if isinstance(operand, Operand)]
+
+
+def bias(
+    steps: Sequence[Step], arrange: Arrange, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to scores, and where they are overwritten; None for nowhere.
+
+    ``arrange`` brings an operand into (batch, head, query, key); ``like`` has the dtype of a bias
+    that is made of numbers.
+    """
+    total: Tensor | None = None
+    filled: Tensor | None = None
+    for step in steps:
+        if isinstance(step, Floor):
+            total = None if total is None else total.clamp(min=step.value)
+        elif isinstance(step, Filled):
+            mask = _mask(step, arrange)
+            filled = mask if filled is None else filled | mask
+            before = like.new_zeros(()) if total is None else total
+            total = torch.where(mask, fits(step.value, before.dtype), before)
+        else:
+            assert isinstance(step.value, Operand)
+            value = arrange(step.value)
+            value = value if value.is_floating_point() else value.to(like.dtype)
+            value = value if step.factor == 1 else value * step.factor
+            total = value if total is None else total + value
+    return total, filled
+
+
+def fits(value: float, dtype: torch.dtype) -> float:
+    """``value``, or the lowest number of ``dtype`` instead of a lower one; -inf stays."""
+    return value if math.isinf(value) else max(value, torch.finfo(dtype).min)
+
+
+def settle(
+    steps: Sequence[Step], arrange: Callable[[Tensor, Dims], Tensor], half: bool, at: Node
+) -> Mask:
+    """Decides what can be known before running. Raises Missed where no bias gives the same.
+
+    ``arrange`` brings a constant of the given dims into (batch, head, query, key). ``half``: scores
+    are in float16, where no number is so low that it swallows a score.
+    """
+    steps = [step for step in steps if not _idle(step, at)]
+    _check_floors(steps, half, at)
+    fixed = [step for step in steps if not isinstance(step, Floor) and _constant(step) is not None]
+    known = _known(fixed, arrange)
+    fixed = fixed if known is not None else []
+    if known is not None and len(fixed) == len(steps) and known.is_causal():
+        return Mask(causal=True)
+    _check_fills(steps, fixed, known, at)
+    mild = [s.value for s in steps if isinstance(s, Filled) and _mild(s.value, half)]
+    if mild:
+        _check_sums(steps, max(mild), at)
+    low, least = _lowest(steps), torch.finfo(torch.float16 if half else torch.float32).min
+    rests, empty = bool(mild), low < least
+    if known is not None:
+        others = [step for step in steps if step not in fixed]
+        bounded = _lowest(others) >= least
+        unseen = bool((~known.visible).all(-1).any())
+        dynamic = any(isinstance(step, Filled) for step in others)
+        rests = rests and (unseen or dynamic or not bounded)
+        empty = empty and (unseen or not bounded)
+    return Mask(tuple(steps), False, rests, empty)
+
+
+def _mask(step: Filled, arrange: Arrange) -> Tensor:
+    value = arrange(step.mask)
+    if value.dtype is not torch.bool:
+        value = value != 0
+    return ~value if step.inverted else value
+
+
+def _constant(step: Step) -> Tensor | None:
+    held = operands((step,))
+    return constant(held[0].node) if held else None
+
+
+def _known(fixed: Sequence[Step], arrange: Callable[[Tensor, Dims], Tensor]) -> _Known | None:
+    def value(operand: Operand) -> Tensor:
+        found = constant(operand.node)
+        assert found is not None
+        return arrange(found, operand.dims)
+
+    try:
+        total, filled = bias(fixed, value, torch.zeros(()))
+    except KeyError:  # it is broadcast over a size that changes
+        return None
+    if total is None:
+        return None
+    return _Known(total, torch.zeros((), dtype=torch.bool) if filled is None else filled)
+
+
+def _idle(step: Step, at: Node) -> bool:
+    """Whether a step changes nothing."""
+    if isinstance(step, Added) and isinstance(step.value, float):
+        if abs(step.value * step.factor) > MODERATE:
+            raise Missed(f"{step.value * step.factor:g} is added to all scores", at)
+        return True  # the same for all keys
+    fixed = _constant(step)
+    if fixed is None:
+        return False
+    masks = ((fixed != 0) != step.inverted) if isinstance(step, Filled) else fixed != 0
+    return not bool(masks.any())
+
+
+def _check_floors(steps: Sequence[Step], half: bool, at: Node) -> None:
+    for step in steps:
+        if isinstance(step, Floor) and (half or step.value > SWALLOWS):
+            raise Missed(f"the scores are clamped to {step.value:g} and more", at)
+
+
+def _check_fills(
+    steps: Sequence[Step], fixed: Sequence[Step], known: _Known | None, at: Node
+) -> None:
+    """A key that is overwritten must be without weight."""
+    for step in steps:
+        if not isinstance(step, Filled):
+            continue
+        value = step.value
+        if known is not None and step in fixed:
+            shown = (known.total > HIDES) & known.filled
+            value = float(known.total[shown].max()) if shown.any() else -math.inf
+        if value > HIDES or math.isnan(value):
+            raise Missed(f"masked scores are set to {value:g}: such a key keeps some weight", at)
+
+
+def _check_sums(steps: Sequence[Step], fill: float, at: Node) -> None:
+    """A mask that is added, next to one that overwrites with a number that does not swallow."""
+    for step in steps:
+        if not isinstance(step, Added) or not isinstance(step.value, Operand):
+            continue
+        held = values(step.value.node)
+        scaled = [v * step.factor for v in held] if held else [_lowest((step,))]
+        if not all((v == -math.inf and held) or v >= fill / 2 for v in scaled):
+            raise Missed(
+                f"one mask is added and one overwrites scores with {fill:g}: rows without any "
+                "visible key would change (-inf or finfo(dtype).min would do)",
+                at,
+            )
+
+
+def _mild(value: float, half: bool) -> bool:
+    """Whether a score that is added to a fill can be seen in the sum."""
+    return value > (-math.inf if half else SWALLOWS)
+
+
+def _lowest(steps: Sequence[Step]) -> float:
+    """The lowest bias that steps can make, as far as is known."""
+    low = 0.0
+    for step in steps:
+        if isinstance(step, Floor):
+            low = max(low, step.value)
+        elif isinstance(step, Filled):
+            low = min(low, step.value)
+        elif isinstance(step.value, Operand):
+            low += lowest(step.value.node, step.factor)
+    return low
