@@ -20,7 +20,12 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import (
+    disable_proxy_modes_tracing,
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
 from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
@@ -74,6 +79,9 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
 
     with mode, preserve_node_meta():
         traced = make_fx(run, pre_dispatch=True)(*values, *lifted)
+    for node in traced.graph.find_nodes(op="call_function", target=operator.getitem):
+        if not node.users:  # an output of a higher-order op that nobody reads
+            traced.graph.erase_node(node)
     _unlift(traced, len(values), constants)
     _refuse_fakes(traced)
     traced.meta.update(gm.meta)
@@ -140,7 +148,8 @@ class _Recorder(Interpreter):
         for key in ("stack_trace", "nn_module_stack", "example_value"):
             if key in n.meta:
                 proxy.node.meta[key] = n.meta[key]
-        value = pytree.tree_map(lambda v: _like(v, self.mode), n.meta["example_value"])
+        with disable_proxy_modes_tracing():
+            value = pytree.tree_map(lambda v: _like(v, self.mode), n.meta["example_value"])
         return track_tensor_tree(value, proxy, constant=None, tracer=tracer)
 
     def _operand(self, tracer: Any, arg: Any) -> Any:
