@@ -114,6 +114,16 @@ def made_by_size(node: Node) -> Node | None:
     return fresh
 
 
+def detached_constant(node: Node) -> Node | None:
+    """``torch.tensor(1.0)`` is captured as a fresh copy that is detached: the copy is enough."""
+    if node.target is not aten.detach_.default:
+        return None
+    copy = node.args[0]
+    if not isinstance(copy, Node) or copy.target is not aten.lift_fresh_copy.default:
+        return None
+    return copy if _tensor(copy) and not copy.meta["val"].requires_grad else None
+
+
 # what each becomes, and at which place its fill stands
 MADE_BY_SIZE: dict[object, tuple[OpOverload, int | None]] = {
     aten.new_zeros.default: (aten.zeros.default, None),
@@ -123,7 +133,13 @@ MADE_BY_SIZE: dict[object, tuple[OpOverload, int | None]] = {
     aten.new_full.default: (aten.full.default, 2),
     aten.full_like.default: (aten.full.default, 1),
 }
-RULES: tuple[Rule, ...] = (same_dtype_cast, double_transpose, matmul_of_transpose, made_by_size)
+RULES: tuple[Rule, ...] = (
+    same_dtype_cast,
+    double_transpose,
+    matmul_of_transpose,
+    made_by_size,
+    detached_constant,
+)
 
 
 # nodes after which autograd or autocast treats the same call in another way

@@ -40,6 +40,12 @@ def test_tensors_made_by_size() -> None:
     assert cleaned(lambda x: torch.zeros_like(x).add_(x), x) == {"made_by_size": 1}
 
 
+def test_constants_are_not_detached() -> None:
+    x = torch.randn(3)
+    assert cleaned(lambda x: x + torch.tensor(1.5), x) == {"detached_constant": 1}
+    assert cleaned(lambda x: (x * 2).detach_() + 1, x) == {}
+
+
 def test_double_transpose() -> None:
     x = torch.randn(2, 3, 4)
     assert cleaned(lambda x: x.transpose(1, 2).transpose(-1, 1) + 1, x) == {"double_transpose": 1}
