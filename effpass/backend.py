@@ -1,8 +1,8 @@
 """The life of one graph, top to bottom: what ``torch.compile(model, backend="effpass")`` runs.
 
 Dynamo graph -> captured (pre-dispatch ATen) -> cleaned -> mathematics in plain nodes raised to ops
--> an implementation for every op -> compiled by Inductor. A graph that cannot be captured keeps Dynamo's form; its ops are lowered all
-the same.
+-> an implementation for every op -> compiled by Inductor. A graph that cannot be captured keeps
+Dynamo's form; its ops are lowered all the same.
 """
 
 from __future__ import annotations

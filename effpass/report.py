@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from io import StringIO
 from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
+
+# raised to an op of torch's own or only recorded: no node of effpass stands for them
+REGIONS = frozenset(("sdpa", "ffn", "attention_softcap"))
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,37 @@ class Chosen:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class Found:
+    """An op in a layer, ``count`` times, and the idioms that made it, the first to see it first.
+
+    Without idioms it came through a known library function, or the model calls it by itself.
+    """
+
+    op: str
+    idioms: tuple[str, ...] = ()
+    count: int = 1
+
+    def __str__(self) -> str:
+        number = f"{self.count} " if self.count > 1 else ""
+        return number + " <- ".join((self.op, *reversed(self.idioms)))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was found in one layer, or in ``layers`` layers alike, and what nearly was.
+
+    ``where`` is the layer's path, numbers of like layers joined: ``layers.0-3,5.mixer``.
+    ``nearest`` is the first miss, ``others`` how many more there are.
+    """
+
+    where: str
+    layers: int
+    found: tuple[Found, ...]
+    nearest: Miss | None = None
+    others: int = 0
+
+
 @dataclass
 class GraphReport:
     """All records of one compiled graph; ``seconds`` are effpass's own, without the compiler's."""
@@ -86,6 +120,20 @@ class GraphReport:
     raised: list[Raised] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
+
+    @property
+    def coverage(self) -> list[Coverage]:
+        """One row a layer in which something was found or missed, like layers folded."""
+        wheres = {r.where for r in (*self.chosen, *self.raised, *self.misses)}
+        rows = [self._layer(where) for where in sorted(wheres, key=_natural)]
+        return _folded([row for row in rows if row.found or row.nearest])
+
+    def _layer(self, where: str) -> Coverage:
+        ops = Counter(r.op for r in self.chosen if r.where == where)
+        misses = [r for r in self.misses if r.where == where]
+        found = _found(ops, [r for r in self.raised if r.where == where])
+        nearest = misses[0] if misses else None
+        return Coverage(where, 1, found, nearest, max(0, len(misses) - 1))
 
     def summary(self) -> str:
         """One line for the log."""
@@ -128,17 +176,23 @@ class Report:
         """The implementation of every op node, over all graphs."""
         return [r for g in self.graphs for r in g.chosen]
 
+    @property
+    def coverage(self) -> list[Coverage]:
+        """What was found and nearly found in each layer, over all graphs."""
+        return [r for g in self.graphs for r in g.coverage]
+
     def count(self, op: str) -> int:
         """How many of the named op the graphs hold.
 
         Ops of effpass are counted as nodes, ``"sdpa"`` and ``"ffn"`` as regions that were raised.
         """
-        nodes = sum(record.op == op for record in self.chosen)
-        return nodes or sum(record.op == op for record in self.raised)
+        records = self.raised if op in REGIONS else self.chosen
+        return sum(record.op == op for record in records)
 
     def to_json(self, indent: int | None = 2) -> str:
         """All records as JSON text."""
-        return json.dumps({"graphs": [asdict(g) for g in self.graphs]}, indent=indent)
+        graphs = [asdict(g) | {"coverage": [asdict(r) for r in g.coverage]} for g in self.graphs]
+        return json.dumps({"graphs": graphs}, indent=indent)
 
     def __str__(self) -> str:
         text = StringIO()
@@ -158,18 +212,30 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
         f"verification: {graph.verified}",
         style="bold",
     )
+    if graph.coverage:
+        yield _coverage_table(graph.coverage)
+    else:
+        yield Text("  nothing was found, nor nearly: this graph is compiled as it was captured")
     if graph.chosen:
         yield _chosen_table(graph.chosen)
-    else:
-        yield Text("  no op was found in this graph: it is compiled as it was captured")
-    yield from _rows(
-        "raised", ("idiom", "op", "layer", "source", "nodes", "proof"), graph.raised
-    )
+    yield from _rows("raised", ("idiom", "op", "layer", "source", "nodes", "proof"), graph.raised)
     yield from _rows("rewrites", ("rewrite", "what", "count", "first at"), graph.applied)
     yield from _rows("declined", ("code", "where", "reason", "what to do"), graph.declined)
     yield from _rows(
         "not raised", ("idiom", "where", "first failed condition", "source"), graph.misses
     )
+
+
+def _coverage_table(coverage: list[Coverage]) -> Table:
+    table = _table("coverage", ("layer", "found", "nearest miss", "source"))
+    for row in coverage:
+        where = row.where or "(the model itself)"
+        where += f" ({row.layers} layers)" if row.layers > 1 else ""
+        found = ", ".join(map(str, row.found)) or "nothing"
+        miss = f"{row.nearest.idiom}: {row.nearest.reason}" if row.nearest else ""
+        miss += f" (and {row.others} more)" if row.others else ""
+        table.add_row(where, found, miss, row.nearest.source if row.nearest else "")
+    return table
 
 
 def _chosen_table(chosen: list[Chosen]) -> Table:
@@ -194,3 +260,63 @@ def _table(title: str, columns: tuple[str, ...]) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _found(ops: Counter[str], raised: Sequence[Raised]) -> tuple[Found, ...]:
+    """The ops of one layer, each with the idioms behind it.
+
+    Where fewer of an op are left than were raised, a later idiom took them into its own.
+    """
+    taken = Counter(r.op for r in raised if r.op not in REGIONS) - ops
+    chains: list[tuple[str, tuple[str, ...]]] = []
+    for record in raised:
+        inside = [c for c in chains if taken[c[0]] and c[0] != record.op]
+        earlier: tuple[str, ...] = ()
+        if inside and record.op not in REGIONS:
+            chains.remove(inside[0])
+            op, earlier = inside[0]
+            taken[op] -= 1
+        chains.append((record.op, (*earlier, record.idiom)))
+    left = ops - Counter(op for op, _ in chains)
+    plain: list[tuple[str, tuple[str, ...]]] = [(op, ()) for op in left.elements()]
+    counted = Counter(plain + sorted(chains, key=lambda chain: chain[0] in REGIONS))
+    return tuple(Found(op, idioms, count) for (op, idioms), count in counted.items())
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(p), "") if p.isdigit() else (-1, p) for p in path.split(".")]
+
+
+def _folded(rows: Sequence[Coverage]) -> list[Coverage]:
+    """Rows that differ in one number of their path become one row, for each place in the path."""
+    depth = max((row.where.count(".") + 1 for row in rows), default=0)
+    for place in range(depth):
+        groups: dict[Any, list[Coverage]] = {}
+        for row in rows:
+            parts = row.where.split(".")
+            numbered = place < len(parts) and parts[place].isdigit()
+            rest = (*parts[:place], None, *parts[place + 1 :]) if numbered else row.where
+            miss = row.nearest and replace(row.nearest, where="")
+            groups.setdefault((rest, row.layers, row.found, miss, row.others), []).append(row)
+        rows = [_joined(group, place) for group in groups.values()]
+    return list(rows)
+
+
+def _joined(rows: Sequence[Coverage], place: int) -> Coverage:
+    if len(rows) == 1:
+        return rows[0]
+    parts = rows[0].where.split(".")
+    parts[place] = _ranges([int(row.where.split(".")[place]) for row in rows])
+    return replace(rows[0], where=".".join(parts), layers=sum(row.layers for row in rows))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2,5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from effpass.capture.vmapped import VmapError, fold, is_vmap
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+FUNCTION = torch.ops.higher_order.autograd_function_apply
 # these change a tensor's shape or history in place, which a traced graph does not show
 RESHAPES_IN_PLACE = frozenset(
     (
@@ -66,11 +67,10 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
     constants = _constants(gm)
     bodies = {}
     for name, body, regions in _checkpoint_bodies(gm):
-        with ExitStack() as stack:
-            for region in regions:
-                stack.enter_context(_region(region))
-            inputs = [_like(_example(n), mode) for n in _placeholders(body)]
-            bodies[name] = _capture(body, inputs, mode)
+        bodies[name] = _body(body, regions, mode)
+    for name, body, regions in _function_bodies(gm):
+        with suppress(Exception):  # it then stays as Dynamo made it
+            bodies[name] = _body(body, regions, mode)
     lifted = [mode.from_tensor(t, static_shapes=True) for t in constants.values()]
     recorder = _Recorder(gm, mode, list(constants), bodies)
 
@@ -86,6 +86,15 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
     _refuse_fakes(traced)
     traced.meta.update(gm.meta)
     return traced
+
+
+def _body(gm: GraphModule, regions: list[Node], mode: FakeTensorMode) -> GraphModule:
+    """The captured body of a higher-order op that lies in these autocast regions."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        for region in regions:
+            stack.enter_context(_region(region))
+        return _capture(gm, [_like(_example(n), mode) for n in _placeholders(gm)], mode)
 
 
 class _Recorder(Interpreter):
@@ -232,17 +241,42 @@ def _constants(gm: GraphModule) -> dict[str, Tensor]:
     return found
 
 
-def _checkpoint_bodies(gm: GraphModule) -> list[tuple[str, GraphModule, list[Node]]]:
+Bodies = list[tuple[str, GraphModule, list[Node]]]
+
+
+def _checkpoint_bodies(gm: GraphModule) -> Bodies:
     """Name and body of each checkpoint, and the autocast regions around it, outermost first."""
+    return [(*_named(gm, node.args[0]), regions) for node, regions in _operators(gm, CHECKPOINT)]
+
+
+def _function_bodies(gm: GraphModule) -> Bodies:
+    """The same of each ``autograd.Function``: forward, and backward where nothing is autocast."""
+    found: Bodies = []
+    for node, regions in _operators(gm, FUNCTION):
+        forward, backward, *tensors = node.args
+        devices = {_example(t).device.type for t in tensors if isinstance(t, Node)}
+        if node.kwargs.get("dirty_idx"):
+            continue
+        found.append((*_named(gm, forward), regions))
+        if not regions and not any(torch.is_autocast_enabled(device) for device in devices):
+            found.append((*_named(gm, backward), regions))
+    return found
+
+
+def _named(gm: GraphModule, attribute: Any) -> tuple[str, GraphModule]:
+    return attribute.target, getattr(gm, attribute.target)
+
+
+def _operators(gm: GraphModule, target: Any) -> list[tuple[Node, list[Node]]]:
+    """Nodes of a target, and the autocast regions around each, outermost first."""
     found, regions = [], []
     for node in gm.graph.nodes:
         if node.target is _enter_autocast:
             regions.append(node)
         elif node.target is _exit_autocast:
             regions.remove(node.args[0])
-        elif node.target is CHECKPOINT:
-            name = node.args[0].target
-            found.append((name, getattr(gm, name), list(regions)))
+        elif node.target is target:
+            found.append((node, list(regions)))
     return found
 
 

@@ -34,7 +34,8 @@ def tidy(gm: GraphModule, mode: FakeTensorMode) -> int:
     """Rewrites one graph; answers how many reads and buffers were replaced."""
     if not any(node.target in SCATTERS for node in gm.graph.nodes):
         return 0
-    count = read_back(gm) + joined(gm, mode)
+    emit = Emitter(gm.graph, mode)
+    count = read_back(gm, emit) + joined(gm, emit)
     bases = {n.args[0] for n in gm.graph.nodes if n.target in SCATTERS}
     for node in reversed(list(gm.graph.nodes)):
         if not node.users and (node in bases or node.target in SCATTERS) and removable(node):
@@ -105,12 +106,13 @@ class _Chain:
         return nodes[place - 1] if place else None
 
 
-def read_back(gm: GraphModule) -> int:
+def read_back(gm: GraphModule, emit: Emitter) -> int:
     """Reads of single indices of a chain read what was written there, or the chain's base."""
     found = Storages(gm)
     if any(s.writes and s.base.op == "call_function" for s in found):
         return 0  # a read that was a copy, say by reshape, could become a view of written memory
     chains: dict[Node, tuple[_Chain, int]] = {}
+    returned = _returned(gm.graph, found)  # the graph returns its own tensors
     instead: dict[Node, Node] = {}
     behind: dict[Node, Node] = {}
     for node in gm.graph.nodes:
@@ -121,7 +123,7 @@ def read_back(gm: GraphModule) -> int:
             if piece is None or piece.dim != chain.dim or piece.end - piece.start != 1:
                 continue
             writer = chain.writer(piece.start, time)
-            if writer is not None and _replaces(writer, node, found):
+            if writer is not None and node not in returned and _replaces(writer, node, found):
                 value: Node = writer.args[1]  # type: ignore[assignment]
                 instead[node] = instead.get(value, value)
             elif writer is None and _same_memory(chain.base, node, found):
@@ -133,7 +135,16 @@ def read_back(gm: GraphModule) -> int:
     for node, value in instead.items():
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
+    _revalue(gm.graph, found, {*instead, *behind}, emit)
     return len(instead) + len(behind)
+
+
+def _revalue(graph: Graph, found: Storages, moved: set[Node], emit: Emitter) -> None:
+    """Views of what was moved share memory with something else now."""
+    for node in graph.nodes:
+        if node in moved or found.parent.get(node) in moved:
+            moved.add(node)
+            emit.run(node)
 
 
 def _follow(node: Node, chains: dict[Node, tuple[_Chain, int]]) -> None:
@@ -154,11 +165,22 @@ def _replaces(writer: Node, read: Node, found: Storages) -> bool:
     value: Node = writer.args[1]  # type: ignore[assignment]
     if read.target is not SCATTERS[writer.target] or region(read) != region(writer):  # type: ignore[index]
         return False
-    if any(user.op == "output" for user in read.users) or not _unchanging(value, found):
+    if not _unchanging(value, found):
         return False
     mine, theirs = value.meta["val"], read.meta["val"]
     plain = row_major(mine) and row_major(read.args[0].meta["val"])  # type: ignore[union-attr]
     return mine.dtype == theirs.dtype and (plain or same_layout(mine, theirs))
+
+
+def _returned(graph: Graph, found: Storages) -> set[Node]:
+    """Outputs of the graph, and what they are views of."""
+    known: set[Node] = set()
+    for node in graph.output_node().all_input_nodes:
+        view: Node | None = node
+        while view is not None and view not in known:
+            known.add(view)
+            view = found.parent.get(found.rooted(view))
+    return known
 
 
 def _same_memory(base: Node, read: Node, found: Storages) -> bool:
@@ -174,12 +196,12 @@ def _unchanging(node: Node, found: Storages) -> bool:
 def _same_gradients(
     graph: Graph, found: Storages, instead: dict[Node, Node], behind: dict[Node, Node]
 ) -> bool:
-    """No input loses its (perhaps zero) gradient altogether."""
+    """Every output still reaches every input, if only with gradients of zero."""
     ends = [*graph.output_node().all_input_nodes]
     ends += [n for node in graph.nodes if writes(node) for n in node.all_input_nodes]
     before, after = Reach(found), Reach(found, instead, behind)
     after.bits = before.bits
-    return before.together(ends) == after.together(ends)
+    return all(before.of(node) == after.of(node) for node in ends)
 
 
 @dataclass
@@ -223,10 +245,10 @@ class _Run:
         return next((i for i, p in enumerate(ordered) if p.start != i), size - 1)
 
 
-def joined(gm: GraphModule, mode: FakeTensorMode) -> int:
+def joined(gm: GraphModule, emit: Emitter) -> int:
     """Runs that cover their buffer, but for one index perhaps, become one ``stack`` or ``cat``."""
-    found, emit = Storages(gm), Emitter(gm.graph, mode)
-    reach, runs, count = Reach(found), dict[Node, _Run](), 0
+    found, runs, count = Storages(gm), dict[Node, _Run](), 0
+    reach = Reach(found)
     for node in list(gm.graph.nodes):
         piece = _written(node)
         if piece is None:
@@ -300,5 +322,6 @@ def _put(node: Node, target: Any, values: list[Node], dim: int, emit: Emitter) -
     made = emit.call(node, node, target, values, dim)
     if not same_layout(made.meta["val"], node.meta["val"]):
         return False
+    made.meta["val"] = node.meta["val"]  # views of it share this memory
     node.replace_all_uses_with(made)
     return True

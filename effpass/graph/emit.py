@@ -36,12 +36,16 @@ class Emitter:
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: origin.meta[key] for key in KEPT if key in origin.meta}
         node.meta["effpass_region"] = before.meta["effpass_region"]
-        values = map_arg((args, kwargs), lambda n: n.meta["val"])
-        # what is put in is not for autocast to change: callers see to it
-        with self.mode, torch.no_grad(), torch._C._DisableAutocast():
-            node.meta["val"] = target(*values[0], **values[1])
+        self.run(node)
         self.made.append(node)
         return node
+
+    def run(self, node: Node) -> None:
+        """Gives a node the value that follows from those of its operands."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        # what is put in is not for autocast to change: callers see to it
+        with self.mode, torch.no_grad(), torch._C._DisableAutocast():
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
     def sizes(self, before: Node, like: Node) -> list[int | Node]:
         """The shape of ``like``: numbers, and nodes in front of ``before`` for symbols."""

@@ -21,9 +21,9 @@ from torch.fx.node import map_arg
 
 from effpass.graph.buffers import tidy
 from effpass.graph.emit import Emitter, fake_mode, same_layout, same_sizes, storage_key
-from effpass.graph.put_back import Change, cut, put_back
+from effpass.graph.put_back import Change, all_of, cut, put_back
 from effpass.graph.reach import Reach
-from effpass.graph.storages import Storage, Storages, out_of_place, removable
+from effpass.graph.storages import Storage, Storages, gapped, out_of_place, removable
 
 aten = torch.ops.aten
 # these read nothing but the shape, which no write changes
@@ -109,10 +109,13 @@ class _Rewriting:
         if version is not None and node.target is operator.getitem:
             pieces: Node = node.args[0]  # type: ignore[assignment]
             version.taken[node] = (version.taken[pieces][0], node)
+            node.meta["val"] = pieces.meta["val"][node.args[1]]
             return
         node.args, node.kwargs = map_arg((node.args, node.kwargs), self.now)
         if version is not None:
             version.taken[node] = (version.number, node)
+            if version.number:
+                self.emit.run(node)  # it shares the memory of another node now
 
     def _write(self, write: Node, storage: Storage) -> None:
         version = self.versions[storage]
@@ -120,27 +123,36 @@ class _Rewriting:
         if self._onto_itself(write, view):
             return
         part, source = self._new_value(write, view)
-        changed = [(view, part)]
+        changed, memory = [(view, part)], self.found.memory
         while view is not storage.base:
             parent = self.found.parent[view]
-            change = Change(view, parent, part, lambda p=parent: self.now(p), write, self.emit)
-            view, part = parent, put_back(change)
+            if not all_of(memory[view], memory[parent]):
+                change = Change(view, parent, part, lambda p=parent: self.now(p), write, self.emit)
+                part = put_back(change)
+            view = parent
             changed.append((view, part))
         changed.pop()
         base = self._settled(write, storage, part, source)
-        version.base, version.place, version.number = base, write, version.number + 1
+        old, version.base = version.base, base
+        version.place, version.number = write, version.number + 1
         for view, part in changed:
-            if same_layout(view.meta["val"], part.meta["val"]) and not _shares(part, source):
+            like = not gapped(memory[view]) and same_layout(memory[view], part.meta["val"])
+            if like and not _shares(part, source) and self._passes_on(old, part):
                 version.taken[view] = (version.number, part)
+
+    def _passes_on(self, old: Node, new: Node) -> bool:
+        """Whoever reads ``new`` gives no gradient of zero less than memory that was ``old``."""
+        return not self.reach.of(old) & ~self.reach.of(new)
 
     def _onto_itself(self, write: Node, view: Node) -> bool:
         """``y[i] += 1`` is an ``add_``, and then a copy of the result to where it is."""
         if write.target is not aten.copy_.default:
             return False
         source: Node = write.args[1]  # type: ignore[assignment]
-        mine, theirs = view.meta["val"], source.meta["val"]
-        offset = same_sizes([mine.storage_offset()], [theirs.storage_offset()])
-        return _shares(view, source) and offset and same_layout(mine, theirs)
+        mine, theirs = self.found.memory[view], self.found.memory.get(source)
+        return (
+            theirs is not None and storage_key(mine) == storage_key(theirs) and all_of(mine, theirs)
+        )
 
     def _new_value(self, write: Node, view: Node) -> tuple[Node, Node | None]:
         """The new value of ``view``, and the node whose memory that may be."""
@@ -171,7 +183,7 @@ class _Rewriting:
         """The next version of the base: ``new``, with the layout and the gradients of memory."""
         old, value = self.versions[storage].base, new.meta["val"]
         fits = same_layout(storage.base.meta["val"], value) and not _lazy(value)
-        if self.reach.of(old) & ~self.reach.of(new):
+        if not self._passes_on(old, new):
             return self._over(write, old, new)
         if fits and not (storage.outputs and _shares(new, source)):
             return new

@@ -38,10 +38,8 @@ class Change:
 
 
 def put_back(change: Change) -> Node:
-    """The new value of the parent; the view must not be ``irreversible``."""
-    view, parent = change.view, change.parent
-    if _unchanged(view, parent):
-        return change.part
+    """The new value of the parent; the view is not ``irreversible``, and not all of it."""
+    view = change.view
     if view.target is operator.getitem:
         return _piece(change)
     return ROWS[view.target](change)  # type: ignore[index]
@@ -56,7 +54,7 @@ def irreversible(view: Node, parent: Node) -> str:
         return f"it is written through {name} as another dtype"
     if view.target is operator.getitem:
         return "" if _range(view, parent) else f"it is written through a piece of {view.args[0]}"
-    if name in SAME and _unchanged(view, parent):
+    if name in SAME and all_of(view.meta["val"], parent.meta["val"]):
         return ""
     if view.target not in ROWS or view.kwargs:
         return f"it is written through {name}"
@@ -79,11 +77,10 @@ NARROW = "it is written through narrow at a place that is not a number"
 SAME = ("alias", "contiguous", "to", "dropout", "positive", "type_as", "expand", "expand_as")
 
 
-def _unchanged(view: Node, parent: Node) -> bool:
-    """The view is all of its parent, as it lies."""
-    mine, theirs = view.meta["val"], parent.meta["val"]
-    offset = same_sizes([mine.storage_offset()], [theirs.storage_offset()])
-    return offset and same_layout(mine, theirs)
+def all_of(view: Tensor, whole: Tensor) -> bool:
+    """A view is all of ``whole``, as it lies."""
+    offset = same_sizes([view.storage_offset()], [whole.storage_offset()])
+    return offset and same_layout(view, whole)
 
 
 def _fixed(view: Node, parent: Node) -> bool:

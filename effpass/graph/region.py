@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops.associative_scan import associative_scan_op
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -50,7 +51,9 @@ class Region:
 
     def run(self, values: Sequence[Any], double: bool = False) -> list[Any]:
         """The outputs for real input ``values``; with ``double`` every half or float is float64."""
-        return evaluate(self.nodes, self.outputs, dict(zip(self.inputs, values, strict=True)), double)
+        return evaluate(
+            self.nodes, self.outputs, dict(zip(self.inputs, values, strict=True)), double
+        )
 
     def key(self) -> tuple[Any, ...]:
         """Equal for regions that compute the same function of inputs of the same shapes."""
@@ -144,7 +147,7 @@ def _symbols(node: Node) -> list[Any]:
 def _refuse(node: Node) -> None:
     if node.op not in ("call_function", "get_attr"):
         raise CarveError(f"it contains {node.op} {node.target}", node)
-    if isinstance(node.target, HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator) and node.target is not associative_scan_op:
         raise CarveError(f"it contains the higher-order op {node.target}", node)
     if writes(node):
         raise CarveError(f"{node.name} writes in place", node)
@@ -156,7 +159,7 @@ def _random(node: Node) -> bool:
     """Dropout in evaluation is the identity."""
     name = getattr(node.target, "_opname", "")
     if name in ("dropout", "native_dropout") and len(node.args) == 3:
-        return bool(node.args[2]) and node.args[1] != 0
+        return bool(node.args[2]) and bool(node.args[1] != 0)
     return True
 
 

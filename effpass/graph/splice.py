@@ -16,7 +16,7 @@ KEPT = ("stack_trace", "nn_module_stack", "effpass_region")
 
 
 class SpliceError(Exception):
-    """The replacement cannot be traced here, or gives another dtype or shape; the text says which."""
+    """The replacement cannot be traced here, or gives another dtype or shape: the text says."""
 
 
 def insert(
@@ -55,7 +55,9 @@ def replace(outputs: Sequence[Node], made: Sequence[Node], nodes: Sequence[Node]
     """Users of ``outputs`` read ``made`` instead; of ``nodes``, those no longer used are erased."""
     for old, new in zip(outputs, made, strict=True):
         laid_out = as_laid_out(old.meta["val"], new)
-        old.replace_all_uses_with(laid_out, delete_user_cb=lambda user, own=set(nodes): user not in own)
+        old.replace_all_uses_with(
+            laid_out, delete_user_cb=lambda user, own=set(nodes): user not in own
+        )
     for node in reversed(nodes):
         if not node.users:
             node.graph.erase_node(node)

@@ -72,12 +72,13 @@ class Storage:
 
 class Storages:
     """All storages of a graph. ``root``: the view that an in-place op's result is; ``parent``: the
-    view or base that a view was taken of."""
+    view or base that a view was taken of; ``memory``: values, as they share memory now."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.of: dict[Node, Storage] = {}
         self.root: dict[Node, Node] = {}
         self.parent: dict[Node, Node] = {}
+        self.memory: dict[Node, Any] = {}
         self.modes: list[Modes] = region_modes(gm)
         self.unknown: set[Node] = set()  # written, without a fake value
         self._keyed: dict[int, Storage] = {}
@@ -121,6 +122,8 @@ class Storages:
         value = node.meta.get("val")
         tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
         keys = {key for v in tensors if (key := storage_key(v)) is not None}
+        if keys:
+            self.memory[node] = value
         known = [self._keyed[key] for key in keys if key in self._keyed]
         if isinstance(value, Tensor) and keys and not known:
             storage = Storage(node)
@@ -133,14 +136,14 @@ class Storages:
 
     def _view(self, node: Node, storage: Storage) -> None:
         source = node.args[0] if node.args else None
+        if source in writes(node):
+            self.root[node] = self.rooted(source)  # type: ignore[arg-type]
+            return
+        if node.target is operator.getitem:  # one of the pieces of a chunk or split
+            source = self.parent.get(source)  # type: ignore[arg-type]
         if not isinstance(source, Node) or self.of.get(source) is not storage:
             storage.stays(f"{node.name} shares it in an unknown way")
             return
-        if source in writes(node):
-            self.root[node] = self.rooted(source)
-            return
-        if not isinstance(source.meta.get("val"), Tensor):  # one of the pieces of a chunk or split
-            source = self.parent[source]
         self.parent[node] = parent = self.rooted(source)
         storage.views.append(node)
         storage.elsewhere |= region(node) != region(storage.base)
@@ -166,7 +169,7 @@ class Storages:
             return f"autocast changes the form of {target} out of place"
         if self._stuck.get(self.rooted(view)):
             return self._stuck[self.rooted(view)]
-        if _gapped(storage.base.meta["val"]):
+        if gapped(storage.base.meta["val"]):
             return f"{storage.base.name} has gaps in memory"
         return _value_problem(node, view)
 
@@ -261,7 +264,7 @@ def _value_problem(node: Node, view: Node) -> str:
     return ""
 
 
-def _gapped(value: Tensor) -> bool:
+def gapped(value: Tensor) -> bool:
     """Some memory between the elements, or elements that share memory."""
     strides = value.stride()
     wide = [d for d, n in enumerate(value.shape) if not (isinstance(n, int) and n == 1)]

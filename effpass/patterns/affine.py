@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.patterns.algebra import CASTS
 from effpass.patterns.proposal import Missed
 
 aten = torch.ops.aten
-CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 
 
 class Affine(NamedTuple):
@@ -42,6 +42,8 @@ def _refuse_rounding(node: Node, value: Tensor) -> None:
     for source in node.all_input_nodes:
         before = source.meta.get("val")
         if node.target in CASTS and isinstance(before, Tensor):
+            if before.device != value.device:
+                raise Missed(f"the state moves to {value.device} inside the recurrence", node)
             if torch.promote_types(before.dtype, value.dtype) != value.dtype:
                 raise Missed(f"the state is rounded to {value.dtype} inside the recurrence", node)
 
@@ -76,7 +78,7 @@ def _scaled(x: Affine, factor: Any) -> Affine:
 
 
 def _product(x: Any, factor: Any) -> Any:
-    if x is None or isinstance(x, float) and x == 1.0:
+    if x is None or (isinstance(x, float) and x == 1.0):
         return None if x is None else factor
     return x * factor
 

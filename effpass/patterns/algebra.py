@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 
 aten = torch.ops.aten
+CASTS = (
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other),
+    *(aten._to_copy.default, aten.type_as.default),
+)
 Dims = tuple[tuple["Label", ...], ...]
 
 
@@ -80,13 +84,17 @@ def fresh(node: Node) -> Dims:
     return tuple(() if s == 1 else (Label(s),) for s in shape)
 
 
-def expand(node: Node, dims: Dims, stop: Collection[Node] = ()) -> Product:
-    """The product that ``node``, with these labels, is; nodes in ``stop`` are leaves."""
+def expand(node: Node, dims: Dims, stop: Collection[Node] = (), rounding: bool = False) -> Product:
+    """The product that ``node``, with these labels, is; nodes in ``stop`` are leaves.
+
+    A cast to a narrower float rounds, and is a leaf too unless ``rounding`` is to be ignored.
+    """
     product = Product()
     pending = [(node, dims)]
     while pending:
         node, dims = pending.pop()
         rule = None if node in stop else RULES.get(node.target)
+        rule = _same if rounding and rule is _cast and is_float(node) else rule
         parts = None if rule is None else rule(node, resolved(dims), product)
         if parts is None:
             product.factors.append(Factor(node, dims))
@@ -137,6 +145,12 @@ def _divides(a: Any, b: Any) -> bool:
     return bool((b / a).is_integer) if not isinstance(b, int) else False
 
 
+def is_float(node: Node) -> bool:
+    """A floating tensor, made of one."""
+    values = (node.meta["val"], *(n.meta["val"] for n in node.all_input_nodes[:1]))
+    return all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
 
@@ -161,10 +175,11 @@ def _multiply(node: Node, dims: Dims, product: Product) -> Parts | None:
 
 
 def _divide(node: Node, dims: Dims, product: Product) -> Parts | None:
-    if not isinstance(node.args[1], int | float) or len(node.args) > 2 or node.kwargs:
+    args: Any = node.args
+    if not isinstance(args[1], int | float) or len(args) > 2 or node.kwargs:
         return None
-    product.coefficient /= node.args[1]
-    return [(node.args[0], dims)]  # type: ignore[list-item]
+    product.coefficient /= args[1]
+    return [(args[0], dims)]
 
 
 def _negate(node: Node, dims: Dims, product: Product) -> Parts:
@@ -331,7 +346,7 @@ RULES: dict[Any, Callable[[Node, Dims, Product], Parts | None]] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor), _multiply),
     aten.div.Tensor: _divide,
     aten.neg.default: _negate,
-    **dict.fromkeys((aten.to.dtype, aten._to_copy.default, aten.type_as.default), _cast),
+    **dict.fromkeys(CASTS, _cast),
     **dict.fromkeys(
         (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default), _expand
     ),

@@ -23,10 +23,14 @@ class Batched:
     """
 
     def __init__(
-        self, function: Callable[..., Sequence[Tensor]], values: Sequence[Tensor], stepped: Sequence[bool]
+        self,
+        function: Callable[..., Sequence[Tensor]],
+        values: Sequence[Tensor],
+        stepped: Sequence[bool],
     ) -> None:
         fakes = [
-            torch.empty_strided(v.size(), v.stride(), dtype=v.dtype, device=v.device) for v in values
+            torch.empty_strided(v.size(), v.stride(), dtype=v.dtype, device=v.device)
+            for v in values
         ]
         dims = tuple(0 if s else None for s in stepped)
         run = torch.vmap(lambda *a: tuple(function(*a)), dims) if any(stepped) else function

@@ -26,18 +26,22 @@ from effpass.patterns.shift_sums import geometry
 from effpass.patterns.shifted import ONE, Value
 from effpass.patterns.tap_build import TIME, Plan
 from effpass.patterns.tap_leaves import leaves
-from effpass.patterns.taps import Leaf, Taps, Unlike, read, settled
+from effpass.patterns.taps import LENGTH, TOKENWISE, Leaf, Taps, Unlike, read, settled
 
 CONVOLUTIONS = ("conv1d", "convolution")
-LENGTH = "its output has"
 SHIFTS = ("pad", "constant_pad_nd", "roll", "unfold", "cat", "slice_scatter", "select_scatter")
 
 
+MOST_USES = 8
+
+
 def find(graph: Graph) -> Iterable[Node]:
-    """Convolutions over one dim, then whatever shifts tokens."""
+    """Convolutions over one dim, then whatever shifts tokens, once for each of its uses."""
     nodes = [n for n in graph.nodes if n.op == "call_function"]
     yield from (n for n in nodes if opname(n) in CONVOLUTIONS)
-    yield from (n for n in nodes if opname(n) in SHIFTS)
+    for node in nodes:
+        if opname(node) in SHIFTS:
+            yield from [node] * min(len(node.users), MOST_USES)
 
 
 def check(node: Node) -> Proposal | None:
@@ -156,10 +160,23 @@ class _Attempt:
 
     def _note(self, reason: str, node: Node, value: Value) -> None:
         """Keeps the reason that says most: the last one that is not about the length."""
-        if not reason or not _weighs(value):
+        if not reason or not self._nearly(reason, value):
             return
         if not self.reason or LENGTH in self.reason or LENGTH not in reason:
             self.reason, self.at = reason, node
+
+    def _nearly(self, reason: str, value: Value) -> bool:
+        """Whether users should hear of it: two tokens are weighed, by what is not made of them."""
+        weights = [t.coefficient for t in value.terms if bool((t.tokens < ONE).any())]
+        weights = [weight for weight in weights if weight.dims]
+        if len(weights) < 2:
+            return False
+        if opname(self.anchor) in (*CONVOLUTIONS, "unfold"):
+            return True
+        own = [d for d, role in enumerate(value.roles) if role is not None]
+        if len(own) > 1 and any(own[0] in weight.dims for weight in weights):
+            return False
+        return LENGTH not in reason and TOKENWISE not in reason
 
     def _stays(self, found: _Found, tried: Sequence[dict[Any, int]]) -> bool:
         """Whether other sizes give the same taps."""
@@ -219,12 +236,6 @@ class _Attempt:
         if operand in self.follower.zeros or self.follower.constant(operand) is None:
             return [operand] if constant(operand) is None else []
         return sizes_behind(operand)
-
-
-def _weighs(value: Value) -> bool:
-    """At least two terms weigh tokens differently a channel: nearly a convolution."""
-    weighed = (t for t in value.terms if t.coefficient.dims and bool((t.tokens < ONE).any()))
-    return sum(1 for _ in weighed) > 1
 
 
 def _shows(found: _Found, every: Sequence[_Found], region: dict[Node, None]) -> bool:

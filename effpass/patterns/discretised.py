@@ -13,13 +13,24 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.region import constant
-from effpass.patterns.algebra import RULES, VIEWS, Dims, Factor, Label, expand, fresh, resolved
+from effpass.patterns.algebra import (
+    RULES,
+    VIEWS,
+    Dims,
+    Factor,
+    Label,
+    Product,
+    expand,
+    fresh,
+    resolved,
+)
 from effpass.patterns.arranger import Arranger
 from effpass.patterns.proposal import Idiom, Proposal
 
@@ -63,7 +74,8 @@ class _Roles:
 
 def check(node: Node) -> Proposal | None:
     """The scan around a recurrence; None where the states are used otherwise."""
-    a, b, start, packed = (*node.args, None, None)[:4]
+    args: Any = (*node.args, None, None)
+    a, b, start, packed = args[:4]
     users = {u.args[1]: u for u in node.users if u.target is operator.getitem}
     if packed is not None or 0 not in users or not isinstance(a, Node) or not isinstance(b, Node):
         return None
@@ -78,9 +90,11 @@ def check(node: Node) -> Proposal | None:
     if per_head is None:
         return None
     factors = [f for g in (roles.x, roles.dt, roles.A, roles.B, roles.C, roles.outer) for f in g]
-    nodes = list(dict.fromkeys([f.node for f in factors] + ([start] if isinstance(start, Node) else [])))
+    nodes = list(
+        dict.fromkeys([f.node for f in factors] + ([start] if isinstance(start, Node) else []))
+    )
     outputs = [y] + [u for i, u in users.items() if i == 1 and u.users]
-    scan = _Scan(roles, per_head, resolved(y_dims), resolved(h_dims), start, len(outputs) > 1)
+    scan = _Scan(roles, per_head, resolved(y_dims), resolved(h_dims), start, len(outputs) > 1, b, y)
 
     def build(*values: Tensor) -> list[Tensor]:
         return scan.build(dict(zip(nodes, values, strict=True)))
@@ -115,57 +129,56 @@ def _last_view(node: Node) -> Node:
     return node
 
 
-def _roles(
-    a: Node, b: Node, h: Node, y: Node, y_dims: Dims
-) -> tuple[_Roles | None, Dims]:
-    read = expand(y, y_dims, stop={h})
+def _roles(a: Node, b: Node, h: Node, y: Node, y_dims: Dims) -> tuple[_Roles | None, Dims]:
+    read = expand(y, y_dims, stop={h}, rounding=True)
     own = [f for f in read.factors if f.node is h]
     if len(own) != 1:
         return None, ()
-    h_dims = own[0].dims
-    add = expand(b, h_dims)
-    decay = expand(a, h_dims)
+    add, decay = expand(b, own[0].dims), expand(a, own[0].dims)
     if add.summed or decay.summed or len(decay.factors) != 1 or decay.coefficient != 1.0:
         return None, ()
     base = decay.factors[0]
     log = base.node.target is not aten.exp.default
-    power = expand(base.node if log else base.node.args[0], base.dims, stop={base.node} if log else ())  # type: ignore[arg-type]
-    if power.summed:
-        return None, ()
-    for product in (read, add, power):
+    exponent: Node = base.node if log else base.node.args[0]  # type: ignore[assignment]
+    power = expand(exponent, base.dims, stop={base.node})
+    for product in (read, add, power):  # later expansions may have split labels
         for factor in product.factors:
             factor.dims = resolved(factor.dims)
-    h_dims = resolved(h_dims)
+    h_dims = resolved(own[0].dims)
     summed = [label for s in read.summed for label in s.resolved()]
-    h_labels = [label for dim in h_dims for label in dim]
-    if len(h_dims[1]) != 1 or len(summed) != 1 or summed[0] not in h_labels:
+    known = [label for dim in h_dims for label in dim]
+    if power.summed or len(h_dims[1]) != 1 or len(summed) != 1 or summed[0] not in known:
         return None, ()
-    t, n = h_dims[1][0], summed[0]
+    roles = _assigned(read, add, power, h, h_dims, summed[0], log)
+    return (roles if roles is not None and _closed(roles, known) else None), h_dims
+
+
+def _assigned(
+    read: Product, add: Product, power: Product, h: Node, h_dims: Dims, n: Label, log: bool
+) -> _Roles | None:
+    t = h_dims[1][0]
     dt = [f for f in power.factors if t in f.labels]
     A = [f for f in power.factors if t not in f.labels]
-    if log and (dt or not _positive(base.node)):
-        return None, ()
     rest = _without(add.factors, dt)
-    if rest is None:
-        return None, ()
-    read_rest = [f for f in read.factors if f.node is not h]
-    a_labels = frozenset().union(*(f.labels for f in A))
-    batch = [label for label in h_dims[0] if label not in a_labels]
-    roles = _Roles(
+    if rest is None or (log and (dt or not _positive(A[0].node))):
+        return None
+    others = [f for f in read.factors if f.node is not h]
+    fixed = frozenset().union(*(f.labels for f in A))
+    batch = [label for label in h_dims[0] if label not in fixed]
+    return _Roles(
         x=[f for f in rest if n not in f.labels],
         dt=dt,
         A=A,
         B=[f for f in rest if n in f.labels],
-        C=[f for f in read_rest if n in f.labels],
-        outer=[f for f in read_rest if n not in f.labels],
+        C=[f for f in others if n in f.labels],
+        outer=[f for f in others if n not in f.labels],
         coefficients=(power.coefficient, add.coefficient, read.coefficient),
         log=log,
         n=n,
         t=t,
         batch=batch,
-        channels=[label for label in h_labels if label not in (t, n, *batch)],
+        channels=[label for d in h_dims for label in d if label not in (t, n, *batch)],
     )
-    return (roles if _closed(roles, h_labels) else None), h_dims
 
 
 def _positive(node: Node) -> bool:
@@ -209,91 +222,92 @@ def _head_dims(roles: _Roles) -> tuple[list[Label], list[Label], list[Label]]:
 
 @dataclass(frozen=True)
 class _Scan:
+    """The scan as a function of the values of its factors."""
+
     roles: _Roles
     per_head: bool
     y_dims: Dims
     h_dims: Dims
     start: Node | None
     final: bool
+    add: Node
+    y: Node
 
     def build(self, values: dict[Node, Tensor]) -> list[Tensor]:
+        """y, and the last state where it is used."""
         roles, lay = self.roles, Arranger()
-        batch, channels = [*roles.batch], roles.channels
-        heads, inner, groups = _head_dims(roles) if self.per_head else (channels, [], [])
-        order = [*batch, roles.t, *heads, *inner]
+        wide = self.add.meta["val"].dtype  # the recurrence's own dtype, not that of its inputs
+        values = {n: v.to(torch.promote_types(v.dtype, wide)) for n, v in values.items()}
+        heads, inner, groups = _head_dims(roles) if self.per_head else (roles.channels, [], [])
         for factor in (*roles.x, *roles.dt, *roles.A, *roles.B, *roles.C):
             lay.atoms(values[factor.node], factor.dims)
+        for label in (*roles.batch, roles.t, *roles.channels, roles.n):
+            lay.sizes.setdefault(label, label.size)
+        state = [roles.batch, heads, *([inner] if self.per_head else []), [roles.n]]
+        order = [label for group in state for label in group]
         start = None
         if self.start is not None:
             dims = (self.h_dims[0], self.h_dims[2])
-            start = lay.lay(values[self.start], dims, [*batch, *heads, *inner, roles.n])
-        like = next(values[f.node] for f in (*roles.x, *roles.B, *roles.dt))
-        for label in (*order, roles.n):
-            lay.sizes.setdefault(label, label.size)
-        given = self._operands(values, lay, like, heads, inner, groups)
-        if start is not None:
-            start = lay.full(start, [*batch, *heads, *inner, roles.n])
-            start = self._flat(start, [batch, heads, inner, [roles.n]] if self.per_head else [batch, heads, [roles.n]])
-        op = torch.ops.effpass.ssd_scan if self.per_head else torch.ops.effpass.selective_scan
+            start = _flat(lay.full(lay.lay(values[self.start], dims, order), order), state)
+        given = self._operands(values, lay, heads, inner, groups)
         if self.per_head:
-            y, state = op(*given, None, None, None, False, UNCLAMPED, None, start)
+            clamps = (UNCLAMPED, None)
+            y, last = torch.ops.effpass.ssd_scan(*given, None, None, None, False, *clamps, start)
         else:
-            y, state = op(*given, None, None, None, False, start)
-        y = self._read(y, lay, order, values)
+            y, last = torch.ops.effpass.selective_scan(*given, None, None, None, False, start)
+        y = self._read(y, lay, [*roles.batch, roles.t, *heads, *inner], values)
         if not self.final:
             return [y]
-        order = [*batch, *heads, *inner, roles.n]
-        state = state.reshape([lay.sizes[label] for label in order])
-        return [y, lay.merged(state, order, (self.h_dims[0], self.h_dims[2]))]
+        last = last.reshape([lay.sizes[label] for label in order])
+        return [y, lay.merged(last, order, (self.h_dims[0], self.h_dims[2]))]
 
     def _operands(
         self,
         values: dict[Node, Tensor],
         lay: Arranger,
-        like: Tensor,
         heads: list[Label],
         inner: list[Label],
         groups: list[Label],
     ) -> list[Tensor]:
         """x, dt, A, B, C as the op wants them."""
-        roles, batch = self.roles, [*self.roles.batch]
-        time = [*batch, roles.t]
+        roles = self.roles
+        batch, t, n = roles.batch, [roles.t], [roles.n]
+        like = next(values[f.node] for f in (*roles.x, *roles.B, *roles.dt))
 
-        def role(factors: Sequence[Factor], order: list[Label], scale: float = 1.0) -> Tensor:
+        def role(factors: list[Factor], *split: list[Label], scale: float = 1.0) -> Tensor:
+            order = [label for group in split for label in group]
             pairs = [(values[f.node], f.dims) for f in factors]
             made = lay.product(pairs, order, scale)
             if made is None:
                 made = like.new_full([1] * len(order), scale)
-            return lay.full(made, order)
+            return _flat(lay.full(made, order), split)
 
         scale_A, scale_B, scale_C = roles.coefficients
-        x = role(roles.x, [*time, *heads, *inner])
-        dt = role(roles.dt, [*time, *heads])
-        if self.per_head:
-            A = role(roles.A, heads, scale_A)
-            B, C = (role(f, [*time, *groups, roles.n], s) for f, s in ((roles.B, scale_B), (roles.C, scale_C)))
-            split = [[batch, [roles.t], heads, inner], [batch, [roles.t], heads], [heads]]
-            split += [[batch, [roles.t], groups, [roles.n]]] * 2
-        else:
-            A = role(roles.A, [*heads, roles.n], scale_A)
-            B, C = (role(f, [*time, roles.n], s) for f, s in ((roles.B, scale_B), (roles.C, scale_C)))
-            split = [[batch, [roles.t], heads]] * 2 + [[heads, [roles.n]]]
-            split += [[batch, [roles.t], [roles.n]]] * 2
-        A = A.log() if roles.log else A
-        return [self._flat(v, s) for v, s in zip((x, dt, A, B, C), split, strict=True)]
+        inside = [inner] if self.per_head else []
+        x = role(roles.x, batch, t, heads, *inside)
+        dt = role(roles.dt, batch, t, heads)
+        A = role(roles.A, heads, *([] if self.per_head else [n]), scale=scale_A)
+        grouped = [groups] if self.per_head else []
+        B = role(roles.B, batch, t, *grouped, n, scale=scale_B)
+        C = role(roles.C, batch, t, *grouped, n, scale=scale_C)
+        return [x, dt, A.log() if roles.log else A, B, C]
 
-    @staticmethod
-    def _flat(value: Tensor, groups: Sequence[Sequence[Label]]) -> Tensor:
-        """Merges each group of dims into one; an empty group is a dim of size 1."""
-        for i, group in enumerate(groups):
-            if not group:
-                value = value.unsqueeze(i)
-            elif len(group) > 1:
-                value = value.flatten(i, i + len(group) - 1)
-        return value
-
-    def _read(self, y: Tensor, lay: Arranger, order: list[Label], values: dict[Node, Tensor]) -> Tensor:
+    def _read(
+        self, y: Tensor, lay: Arranger, order: list[Label], values: dict[Node, Tensor]
+    ) -> Tensor:
         y = y.reshape([lay.sizes[label] for label in order])
         for factor in self.roles.outer:
             y = y * lay.lay(values[factor.node], factor.dims, order)
+        wanted = self.y.meta["val"].dtype
+        y = y if y.dtype is torch.float64 else y.to(wanted)
         return lay.merged(y, order, self.y_dims)
+
+
+def _flat(value: Tensor, groups: Sequence[Sequence[Label]]) -> Tensor:
+    """Merges each group of dims into one; an empty group is a dim of size 1."""
+    for i, group in enumerate(groups):
+        if not group:
+            value = value.unsqueeze(i)
+        elif len(group) > 1:
+            value = value.flatten(i, i + len(group) - 1)
+    return value

@@ -22,7 +22,7 @@ from effpass.patterns.steps import FEWEST, GATHERS, Row, Steps
 
 @dataclass
 class Gather:
-    """``node`` stacks (or cats) ``before``, then steps ``first``..``last`` of ``row``, then ``after``."""
+    """``node`` stacks or cats ``before``, steps ``first`` to ``last`` of ``row``, and ``after``."""
 
     node: Node
     row: Row
@@ -54,7 +54,7 @@ class Loop:
 def loop_of(steps: Steps, cycle: frozenset[int]) -> Loop:
     """The loop around a cycle of rows. Raises Missed where it is not a plain recurrence."""
     rows = [steps.rows[n] for n in sorted(cycle)]
-    anchor = max((row.last for row in rows))
+    anchor = max(row.last for row in rows)
     carry = _carry(steps, cycle, rows, anchor)
     leaves = [r for r in steps.rows if r.source is not None and _together(steps, r.last, anchor)]
     if any(leaf.backwards for leaf in leaves):
@@ -359,4 +359,6 @@ def _gather(node: Node, inside: dict[Node, tuple[Row, int]]) -> Gather | None:
     rest = (*items[:start], *items[end:])
     if end - start < FEWEST or any(item in inside for item in rest):
         return None
-    return Gather(node, row, first, first + end - start - 1, tuple(items[:start]), tuple(items[end:]))
+    return Gather(
+        node, row, first, first + end - start - 1, tuple(items[:start]), tuple(items[end:])
+    )

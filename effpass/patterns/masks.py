@@ -22,7 +22,7 @@ from effpass.patterns.labels import Dims
 from effpass.patterns.proposal import Missed
 
 HIDES = -5e3  # a score this far below another has no weight: exp underflows
-SWALLOWS = -1e30  # adding a score to this changes nothing in float32
+SWALLOWS = -1e20  # adding a score to this changes nothing, not even in float64
 MODERATE = 1e3
 
 

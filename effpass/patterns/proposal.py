@@ -51,8 +51,8 @@ class Idiom:
     """One way in which mathematics is written.
 
     ``find`` yields rare nodes where it may be; ``check`` answers the proposal, None where the node
-    is something else, or raises Missed with the first failed condition. With ``records`` the regions
-    stay as they are and are recorded for later passes.
+    is something else, or raises Missed with the first failed condition. With ``records`` the
+    regions stay as they are and are recorded for later passes.
     """
 
     name: str

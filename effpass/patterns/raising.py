@@ -19,7 +19,7 @@ from effpass.graph.region import CarveError, Region, carve, early_users
 from effpass.graph.source import layer, line
 from effpass.graph.splice import SpliceError, insert, replace
 from effpass.graph.writes import writes
-from effpass.patterns import convolution, discretised, unrolled
+from effpass.patterns import associative, attention, convolution, discretised, unrolled
 from effpass.patterns.proof import prove
 from effpass.patterns.proposal import Idiom, Missed, Proposal, Recorded
 from effpass.report import Miss, Raised
@@ -27,7 +27,9 @@ from effpass.report import Miss, Raised
 IDIOMS: tuple[Idiom, ...] = (
     convolution.IDIOM,
     unrolled.IDIOM,
+    associative.IDIOM,
     discretised.IDIOM,
+    *attention.IDIOMS,
 )
 
 
@@ -60,9 +62,9 @@ def raise_ops(
     """Replaces what the idioms recognise, in place, in a graph and the bodies inside it.
 
     ``proving`` compares every region with its replacement on random inputs (always done where
-    structure alone does not settle it). An idiom that fails is a miss, with ``strict`` an exception.
-    Graphs with in-place writes are matched in a functional
-    form, which is kept only if something was raised in it.
+    structure alone does not settle it). An idiom that fails is a miss, with ``strict`` an
+    exception. Graphs with in-place writes are matched in a functional form, which is kept only if
+    something was raised in it.
     """
     outcome = Raising(proving, strict)
     idioms = IDIOMS if idioms is None else idioms
@@ -123,9 +125,7 @@ def _accept(idiom: Idiom, proposal: Proposal, body: GraphModule, outcome: Raisin
     if outcome.proving or proposal.prove_always:
         proof = _proof(proposal, region, outcome)
     origin = region.outputs[0]
-    record = Raised(
-        idiom.name, proposal.op, layer(origin), line(origin), len(region.nodes), proof
-    )
+    record = Raised(idiom.name, proposal.op, layer(origin), line(origin), len(region.nodes), proof)
     if idiom.records:
         found = Recorded(proposal.op, region, dict(proposal.attributes))
         body.meta.setdefault("effpass_recorded", []).append(found)

@@ -88,7 +88,7 @@ class Rolled:
         pending, seen = [row], set()
         while pending:
             each = pending.pop()
-            if each.number in seen or each is self.loop.carry and row is not each:
+            if each.number in seen or (each is self.loop.carry and row is not each):
                 continue
             seen.add(each.number)
             for argument, source, back in self.loop.reads(each):
@@ -100,7 +100,10 @@ class Rolled:
                     pending.append(source)
 
     def _batched(
-        self, leaves: Sequence[Any], more: Sequence[Tensor], function: Callable[..., Sequence[Tensor]]
+        self,
+        leaves: Sequence[Any],
+        more: Sequence[Tensor],
+        function: Callable[..., Sequence[Tensor]],
     ) -> Batched:
         values = [self._fake(leaf) for leaf in leaves]
         stepped = [isinstance(leaf, Slices) for leaf in leaves] + [True] * len(more)

@@ -6,10 +6,12 @@ positions are overwritten. Scale factors may stand anywhere, views and casts bet
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from effpass.graph.region import constant
@@ -197,6 +199,9 @@ class Reader:
         fixed = number(value)
         if fixed is None or not isinstance(mask, Node):
             raise Missed("masked scores are replaced by a tensor that is no fixed number", node)
+        dtype = node.meta["val"].dtype
+        if math.isfinite(fixed) and not -torch.finfo(dtype).max <= fixed:
+            raise Missed(f"masked scores are set to {fixed:g}, which is -inf in {dtype}", node)
         return scores.then(Filled(self._operand(mask, dims), inverted, fixed))
 
     def clamp(self, node: Node, dims: Dims, depth: int) -> Scores | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from effpass.graph.region import CarveError, carve, constant
+from effpass.graph.writes import writes
 from effpass.patterns.shifted import (
     Coefficient,
     Factor,
@@ -169,11 +170,28 @@ def is_zero(node: Node) -> bool:
     while opname(node) in VIEWS and isinstance(node.args[0], Node):
         node = node.args[0]
     if opname(node) in ZEROS:
-        return True
+        return not written(node)
     if opname(node) in FULLS:
         given = arguments(node).get("fill_value", arguments(node).get("value"))
-        return _is_number(given, 0.0)
+        return _is_number(given, 0.0) and not written(node)
     return _is_number(node, 0.0)
+
+
+def written(node: Node) -> bool:
+    """Whether something writes in place to a tensor, or to a view of it."""
+    storage = node.meta["val"].untyped_storage()._cdata
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        for user in each.users:
+            if each in writes(user):
+                return True
+            value = user.meta.get("val")
+            views = value if isinstance(value, list | tuple) else [value]
+            tensors = [v for v in views if isinstance(v, Tensor)]
+            if any(v.untyped_storage()._cdata == storage for v in tensors):
+                pending.append(user)
+    return False
 
 
 def _is_number(value: Any, number: float) -> bool:

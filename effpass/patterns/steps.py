@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ GATHERS = (aten.stack.default, aten.cat.default)
 
 @dataclass(eq=False)
 class Row:
-    """The same node in all steps: ``members[time]``. A leaf is a slice of ``source`` along ``dim``."""
+    """The same node in all steps: ``members[time]``. A leaf is a slice of ``source``."""
 
     number: int
     members: dict[int, Node] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Steps:
     groups: _Groups = field(default_factory=lambda: _Groups())
 
     def arguments(self, node: Node) -> Iterator[tuple[Node, Row | None, int]]:
-        """``(argument, its row, how many steps back)`` of a member; no row for what is invariant."""
+        """``(argument, its row, steps back)`` of a member; no row for what is invariant."""
         _, time = self.where[node]
         for argument in node.all_input_nodes:
             place = self.where.get(argument)
@@ -72,101 +72,109 @@ def steps_of(graph: Graph) -> Steps:
     for node in graph.nodes:
         if node.op != "call_function" or node.target in GATHERS:
             continue
-        if node in slots:
-            source, dim, index, keep = slots[node]
-            key: Any = ("leaf", source, dim, keep)
+        slot, timed = slots.get(node), [a for a in node.all_input_nodes if a in found.where]
+        if slot is not None:
+            key: Any = ("leaf", slot.source, slot.dim, slot.keep)
             groups.add(node, key)
-        else:
-            timed = [a for a in node.all_input_nodes if a in found.where]
-            if not timed:
-                continue
+            index = slot.index
+        elif timed:
             index = groups.join(node, timed, found.where)
             key = _key(node, index, found.where, groups)
+        else:
+            continue
         number = numbers.setdefault(key, len(found.rows))
         while number < len(found.rows) and index in found.rows[number].members:
             key = (key, "again")  # the same twice in one step
             number = numbers.setdefault(key, len(found.rows))
         if number == len(found.rows):
-            row = Row(number)
-            if node in slots:
-                row.source, row.dim, row.keep = source, dim, keep
-                row.backwards = slot(node)[2] != index  # type: ignore[index]
-            found.rows.append(row)
+            found.rows.append(Row(number) if slot is None else slot.row(number))
         found.rows[number].members[index] = node
         found.where[node] = (number, index)
     _retime(found)
     return found
 
 
-def slot(node: Node) -> tuple[Node, int, int, bool] | None:
-    """``(source, dim, index, keeps the dim)`` of a node that takes one element along a dim."""
-    if node.op != "call_function":
-        return None
-    source, args = node.args[0] if node.args else None, node.args
+@dataclass(frozen=True)
+class Slot:
+    """One element of ``source`` along ``dim``; ``keep``: as a dim of size 1."""
+
+    source: Node
+    dim: int
+    index: int
+    keep: bool
+    backwards: bool = False  # the index counts from the end
+
+    def row(self, number: int) -> Row:
+        """An empty row of such slices."""
+        return Row(number, {}, self.source, self.dim, self.keep, self.backwards)
+
+
+def slot_of(node: Node) -> Slot | None:
+    """What a node takes, if it takes one element along a dim."""
+    source = node.args[0] if node.op == "call_function" and node.args else None
     if not isinstance(source, Node):
         return None
+    args: Any = node.args
     if node.target is operator.getitem:
         return _piece(source, args[1])
     value = source.meta.get("val")
     if not isinstance(value, Tensor) or not value.dim():
         return None
-    dim = int(args[1]) % value.dim() if len(args) > 1 and isinstance(args[1], int) else 0
+    if not all(isinstance(a, int | None) for a in args[1:]):
+        return None
+    dim = args[1] % value.dim() if len(args) > 1 else 0
     size = value.shape[dim]
     if not isinstance(size, int):
         return None
-    if node.target is aten.select.int and isinstance(args[2], int):
-        return source, dim, args[2] % size, False
+    if node.target is aten.select.int:
+        return Slot(source, dim, args[2] % size, False)
     if node.target is aten.slice.Tensor:
         start, end, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
         first, last, _ = slice(start, end).indices(size)
-        return (source, dim, first, True) if last - first == 1 and step == 1 else None
-    if node.target is aten.narrow.default and args[3] == 1 and isinstance(args[2], int):
-        return source, dim, args[2] % size, True
+        return Slot(source, dim, first, True) if last - first == 1 and step == 1 else None
+    if node.target is aten.narrow.default and args[3] == 1:
+        return Slot(source, dim, args[2] % size, True)
     return None
 
 
-def _piece(source: Node, index: Any) -> tuple[Node, int, int, bool] | None:
+def _piece(source: Node, index: int) -> Slot | None:
     """An element of ``unbind``, or of a split into single elements."""
-    whole = source.args[0] if source.args else None
+    args: Any = source.args
+    whole = args[0] if args else None
     if not isinstance(whole, Node) or not isinstance(whole.meta.get("val"), Tensor):
         return None
     rank = whole.meta["val"].dim()
     if source.target is aten.unbind.int:
-        return whole, int(source.args[1]) % rank if len(source.args) > 1 else 0, index, False  # type: ignore[call-overload]
+        return Slot(whole, args[1] % rank if len(args) > 1 else 0, index, False)
     if source.target in (aten.split.Tensor, aten.chunk.default):
-        dim = int(source.args[2]) % rank if len(source.args) > 2 else 0  # type: ignore[call-overload]
-        pieces = source.meta["val"]
-        if all(p.shape[dim] == 1 for p in pieces):
-            return whole, dim, index, True
+        dim = args[2] % rank if len(args) > 2 else 0
+        if all(piece.shape[dim] == 1 for piece in source.meta["val"]):
+            return Slot(whole, dim, index, True)
     return None
 
 
-def _slots(graph: Graph) -> dict[Node, tuple[Node, int, int, bool]]:
+def _slots(graph: Graph) -> dict[Node, Slot]:
     """Slices of tensors of which several neighbours are taken."""
-    found: dict[Any, dict[Node, int]] = {}
+    found: dict[Any, list[tuple[Node, Slot]]] = {}
     for node in graph.nodes:
-        leaf = slot(node)
-        if leaf is not None and node.users:
-            found.setdefault((leaf[0], leaf[1], leaf[3]), {})[node] = leaf[2]
+        slot = slot_of(node)
+        if slot is not None and node.users:
+            found.setdefault((slot.source, slot.dim, slot.keep), []).append((node, slot))
+    made: dict[Node, Slot] = {}
+    for taken in found.values():
+        if len({slot.index for _, slot in taken}) >= FEWEST:
+            made |= _forwards(taken)
+    return made
+
+
+def _forwards(taken: list[tuple[Node, Slot]]) -> dict[Node, Slot]:
+    """Slices that are used from the last to the first count from the end."""
+    order = [slot.index for _, slot in sorted(taken, key=lambda pair: min(pair[0].users))]
+    if any(a <= b for a, b in pairwise(order)):
+        return dict(taken)
     return {
-        node: (source, dim, index, keep)
-        for (source, dim, keep), taken in found.items()
-        if len(set(taken.values())) >= FEWEST
-        for node, index in _times(taken).items()
+        node: replace(slot, index=max(order) - slot.index, backwards=True) for node, slot in taken
     }
-
-
-def _times(taken: dict[Node, int]) -> dict[Node, int]:
-    """Indices; counted from the end where they are used from the last to the first."""
-    if not is_backwards(taken):
-        return taken
-    return {node: max(taken.values()) - index for node, index in taken.items()}
-
-
-def is_backwards(taken: dict[Node, int]) -> bool:
-    """The slices are used in falling order of their indices."""
-    order = [taken[node] for node in sorted(taken, key=lambda n: min(n.users))]
-    return all(a > b for a, b in pairwise(order))
 
 
 class _Groups:
@@ -189,7 +197,7 @@ class _Groups:
 
     def join(self, node: Node, timed: list[Node], where: dict[Node, tuple[int, int]]) -> int:
         """The time of a node that reads ``timed``: that of its latest argument in its own loop."""
-        newest = max(timed, key=lambda a: (where[a][1] if self._own(a, timed, where) else -1))
+        newest = max(timed, key=lambda a: where[a][1] if self._own(a, timed, where) else -1)
         time = where[newest][1]
         for argument in timed:
             if where[argument][1] in (time, time - 1):

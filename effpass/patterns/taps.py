@@ -15,6 +15,8 @@ from effpass.patterns.shift_follow import Follower
 from effpass.patterns.shifted import ONE, ZERO, Coefficient, Pick, Term, Value
 
 WIDEST = 64
+LENGTH = "its output has"
+TOKENWISE = "its taps depend on the token"
 # token counts (and other symbolic sizes) at which a graph of symbolic sizes must mean the same
 TRIED = (1, 2, 3, 4, 5, 6, 8, 16, 33, 67, 130)
 
@@ -103,7 +105,7 @@ def read(value: Value, start: Mapping[Node, Value], leaf: Leaf) -> Taps:
         before = start[leaf.state].shape[leaf.roles.index(None)]
     span = _spread(value, source)
     if span != count:
-        raise Unlike(f"its output has {span} tokens, its input {count}")
+        raise Unlike(f"{LENGTH} {span} tokens, its input {count}")
     if value.activation == "sigmoid":
         raise Unlike
     taps, reasons = Taps(activation=value.activation), {}
@@ -187,7 +189,7 @@ def _along_leaf(coefficient: Coefficient, value: Value) -> Coefficient:
             return p
         role = value.roles[p.dim]
         if role is None:
-            raise Unlike("its taps depend on the token")
+            raise Unlike(TOKENWISE)
         return replace(p, dim=role)
 
     return coefficient.repicked(pick)

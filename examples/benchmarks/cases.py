@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_models import LoopModel
 from torch import Tensor
 
 SENTENCES = Path(__file__).parent.parent / "data" / "sentences.txt"
@@ -33,6 +34,9 @@ class Sizes:
     sentences: int = 32
     full_layers: int = 24
     full_vocabulary: int = 50280
+    own_width: int = 256
+    own_layers: int = 2
+    own_tokens: int = 256
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
     scan_tokens: int = 512
     scan_long_tokens: int = 4096
@@ -50,6 +54,9 @@ QUICK = Sizes(
     sentences=4,
     full_layers=2,
     full_vocabulary=128,
+    own_width=32,
+    own_layers=1,
+    own_tokens=16,
     lengths=(16, 24, 32, 48),
     scan_tokens=32,
     scan_long_tokens=1024,
@@ -81,6 +88,7 @@ class Case:
     goals: Goals = Goals()
     slow_eager: bool = False
     full: bool = False
+    own: bool = False
 
 
 def _mamba1(sizes: Sizes, layers: int, vocabulary: int) -> torch.nn.Module:
@@ -193,6 +201,34 @@ def _decoding(s: Sizes) -> Job:
     return _decoding_job(mamba1(s), tokens(s, s.tokens))
 
 
+def _loop(s: Sizes) -> Job:
+    model, x = LoopModel(s.own_width, s.own_layers).eval(), _embedded(s)
+
+    def call(function: Callable[..., Any]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"y": function(x)}
+
+    return Job(model, call)
+
+
+def _loop_training(s: Sizes) -> Job:
+    model, x = LoopModel(s.own_width, s.own_layers), _embedded(s)
+
+    def call(function: Callable[..., Any]) -> dict[str, Tensor]:
+        model.zero_grad(set_to_none=True)
+        y = function(x)
+        y.square().mean().backward()
+        grads = {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        return {"y": y.detach(), **{n: g for n, g in grads.items() if g is not None}}
+
+    return Job(model, call)
+
+
+def _embedded(s: Sizes) -> Tensor:
+    generator = torch.Generator().manual_seed(s.own_tokens)
+    return torch.randn(1, s.own_tokens, s.own_width, generator=generator)
+
+
 def _bert(s: Sizes) -> Job:
     from transformers import BertConfig, BertModel
 
@@ -235,6 +271,12 @@ CASES: dict[str, Case] = {
     "mamba1_decoding": Case("Mamba-1 decoding step with cache", _decoding, Goals(2.5, 1.0)),
     "bert": Case("BERT-base shape, 4 x 128 tokens", _bert),
     "minilm": Case("MiniLM (real weights), 32 real sentences", _minilm),
+    "loop_forward": Case(
+        "Research code, loop of 256 steps, forward", _loop, Goals(20.0, 1.0), own=True
+    ),
+    "loop_training": Case(
+        "Research code, loop of 256 steps, training step", _loop_training, own=True
+    ),
     "mamba1_full": Case("Mamba-1, 24 layers, 50k vocabulary", _full(_mamba1), full=True),
     "mamba2_full": Case("Mamba-2, 24 layers, 50k vocabulary", _full(_mamba2), full=True),
 }

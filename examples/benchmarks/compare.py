@@ -3,6 +3,7 @@
     python examples/benchmarks/compare.py                 # all rows, about a quarter of an hour
     python examples/benchmarks/compare.py --rows mamba1_forward,cold --rounds 3
     python examples/benchmarks/compare.py --full          # the 24-layer models too
+    python examples/benchmarks/compare.py --rows loop_forward,loop_training --out raise.json
 
 Each arm is a process of its own with empty caches. The arms take turns, only one works at a time,
 and the medians over all turns are compared. Results go to ``docs/results/compare.json``, and as
@@ -158,7 +159,7 @@ def parity(expected: Path, actual: Path) -> dict[str, float]:
 
 def names(args: argparse.Namespace) -> list[str]:
     """The rows to run, in the table's order. Raises SystemExit for an unknown one."""
-    cases = [name for name, case in CASES.items() if args.full or not case.full]
+    cases = [n for n, case in CASES.items() if (args.full or not case.full) and not case.own]
     known = [*cases, COLD, *CHECKS]
     if args.rows is None:
         return known
