@@ -1,0 +1,387 @@
+"""A normal form of quotients: a tensor as a number times powers of other tensors.
+
+Like the normal form of products (``algebra``), with division, powers and ``exp`` of sums:
+``exp(s - x) / y`` is exp(s) exp(x)^-1 y^-1. What is recognised inside are running products:
+``cumprod(a)``, ``exp(cumsum(g))``, powers ``r ** t`` of a fixed decay, all perhaps with ones padded
+in front. What holds none of them is left whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from effpass.patterns.algebra import RULES, VIEWS, Dims, Label, Product, resolved, shape
+from effpass.patterns.shift_follow import arguments, is_zero, opname, written
+
+aten = torch.ops.aten
+DEEPEST = 12
+PADS = ("pad", "constant_pad_nd")
+RAMPS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
+WALKED = ("add", "sub", "rsub", "div", "reciprocal", "exp", "log", "pow", "slice")
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is raised to a power.
+
+    ``kind``: "tensor", the node itself; "exp", its exponential; "prod", its running product along
+    ``time``; "expsum", the exponential of its running sum; "pow" and "exppow", the node, or its
+    exponential, to the number of the token (without a node: ``number``); "sum", the running sum
+    that is looked for. Running products have ``front`` tokens padded in front, at which they are 1;
+    the node's own tokens are then labelled ``inside``.
+    """
+
+    kind: str
+    node: Node | None
+    dims: Dims
+    time: Label | None = None
+    front: int = 0
+    inside: Label | None = None
+    number: float = 1.0
+
+    @property
+    def labels(self) -> frozenset[Label]:
+        """All labels of the node."""
+        return frozenset(r for dim in self.dims for label in dim for r in label.resolved())
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is a running product."""
+        return self.kind in ("prod", "expsum", "pow", "exppow")
+
+
+@dataclass
+class Monomial:
+    """``coefficient * prod(key ** power)``; of what was added to the running sum, ``start``."""
+
+    coefficient: float = 1.0
+    powers: dict[Key, float] = field(default_factory=dict)
+    start: tuple[Node, Dims] | None = None
+
+    def times(self, key: Key, power: float) -> None:
+        """Multiplies by one more power."""
+        self.powers[key] = self.powers.get(key, 0.0) + power
+
+    def settled(self) -> Monomial:
+        """The same with all labels resolved, and powers of 0 left out."""
+        made = Monomial(self.coefficient, {}, self.start)
+        for key, power in self.powers.items():
+            time = None if key.time is None else key.time.resolved()
+            if time is not None and len(time) != 1:
+                raise Unreadable
+            dims = resolved(key.dims)
+            made.times(replace(key, dims=dims, time=time and time[0]), power)
+        made.powers = {key: power for key, power in made.powers.items() if power}
+        return made
+
+
+class Unreadable(Exception):
+    """It has no such form."""
+
+
+class Reader:
+    """Reads nodes as monomials. ``target`` is the running sum to be found: "sum" among the keys."""
+
+    def __init__(self, target: Node | None) -> None:
+        self.target = target
+        self.holding: dict[Node, bool] = {}
+        self.inner: dict[tuple[Label, int], Label] = {}
+
+    def read(self, node: Node, dims: Dims) -> Monomial:
+        """The monomial of a node with these labels. Raises Unreadable."""
+        made = Monomial()
+        self._multiply(made, node, dims, 1.0)
+        return made.settled()
+
+    def read_exp(self, node: Node, dims: Dims) -> Monomial:
+        """The monomial of the exponential of a node."""
+        made = Monomial()
+        self._exponent(made, node, dims, 1.0)
+        return made.settled()
+
+    def holds(self, node: Node, depth: int = DEEPEST) -> bool:
+        """Whether a running product, or the target, is in it."""
+        if node is self.target or opname(node) in ("cumsum", "cumprod") or _ramp(node):
+            return True
+        if node not in self.holding:
+            walked = opname(node) in (*WALKED, *PADS, "cat") or node.target in RULES
+            sources = (
+                node.all_input_nodes if walked and depth and node.op == "call_function" else []
+            )
+            self.holding[node] = any(self.holds(source, depth - 1) for source in sources)
+        return self.holding[node]
+
+    def _multiply(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        """made *= node ** power"""
+        name = opname(node)
+        if node is self.target and name == "cumsum":
+            made.times(Key("sum", node, dims), power)
+        elif running := self._running(node, dims, "prod"):
+            made.times(running, power)
+        elif not self.holds(node):
+            made.times(Key("tensor", node, dims), power)
+        elif name == "exp":
+            self._exponent(made, _first(node), dims, power)
+        elif name in ("div", "reciprocal") and not node.kwargs:
+            self._divide(made, node, dims, power)
+        elif name == "add" and self.target is not None and power == 1:
+            self._started(made, node, dims)
+        elif name == "pow":
+            self._power(made, node, dims, power)
+        else:
+            self._product(made, node, dims, power)
+
+    def _divide(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        above, below = (1.0, node.args[0]) if opname(node) == "reciprocal" else node.args[:2]
+        for value, sign in ((above, power), (below, -power)):
+            if isinstance(value, Node):
+                self._multiply(made, value, broadcast(value, dims), sign)
+            else:
+                made.coefficient *= float(value) ** sign  # type: ignore[arg-type]
+
+    def _product(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        """Views and products; anything else, sums over labels included, is left whole."""
+        product = Product()
+        rule = RULES.get(node.target)
+        parts = None if rule is None else rule(node, resolved(dims), product)
+        if parts is None or product.summed:
+            made.times(Key("tensor", node, dims), power)
+            return
+        made.coefficient *= product.coefficient**power
+        for part, labels in parts:
+            self._multiply(made, part, labels, power)
+
+    def _power(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        """A fixed decay to the number of the token."""
+        base, exponent = node.args[:2]
+        if isinstance(base, Node) and exponent in (1, -1):
+            self._multiply(made, base, dims, power * exponent)  # type: ignore[operator]
+            return
+        ramp = self._ramp_of(exponent, dims)
+        if ramp is None:
+            made.times(Key("tensor", node, dims), power)
+            return
+        start, step, time = ramp
+        if not isinstance(base, Node):
+            made.times(Key("pow", None, (), time, number=float(base)), step * power)  # type: ignore[arg-type]
+            made.coefficient *= float(base) ** (start * power)  # type: ignore[arg-type]
+            return
+        labels = broadcast(base, dims)
+        made.times(Key("pow", base, labels, time), step * power)
+        if start:
+            made.times(Key("tensor", base, labels), start * power)
+
+    def _started(self, made: Monomial, node: Node, dims: Dims) -> None:
+        """The running sum plus what is there before the first token."""
+        if len(node.args) != 2 or node.kwargs:
+            raise Unreadable
+        sides = [n for n in node.args if isinstance(n, Node)]
+        sums = [n for n in sides if self._leads(n)]
+        if len(sides) != 2 or len(sums) != 1 or made.start is not None:
+            raise Unreadable
+        start = next(n for n in sides if n is not sums[0])
+        inside = Monomial()
+        self._multiply(inside, sums[0], broadcast(sums[0], dims), 1.0)
+        if [key.kind for key in inside.powers] != ["sum"] or inside.coefficient != 1:
+            raise Unreadable
+        made.start = (start, broadcast(start, dims))
+        made.powers |= inside.powers
+
+    def _leads(self, node: Node) -> bool:
+        """Whether it is the target, through views."""
+        while node.target in VIEWS:
+            node = _first(node)
+        return node is self.target
+
+    def _exponent(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        """made *= exp(power * node)"""
+        name = opname(node)
+        if node is self.target and name == "logcumsumexp":
+            made.times(Key("sum", node, dims), power)
+        elif running := self._running(node, dims, "expsum"):
+            made.times(running, power)
+        elif (ramp := self._ramp_of(node, dims)) is not None:
+            made.times(Key("pow", None, (), ramp[2], number=math.e), ramp[1] * power)
+            made.coefficient *= math.exp(ramp[0] * power)
+        elif not self.holds(node):
+            made.times(Key("exp", node, dims), power)
+        elif name == "log":
+            self._multiply(made, _first(node), dims, power)
+        elif name in ("add", "sub", "rsub"):
+            self._sum(made, node, dims, power)
+        elif node.target in SCALES and (ramped := self._ramped(node, dims)) is not None:
+            self._decay(made, ramped, power)
+        else:
+            self._scaled(made, node, dims, power)
+
+    def _sum(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        scale = float(arguments(node).get("alpha", 1))
+        sign = {"add": (1.0, scale), "sub": (1.0, -scale), "rsub": (-scale, 1.0)}[opname(node)]
+        for value, factor in zip(node.args[:2], sign, strict=True):
+            if isinstance(value, Node):
+                self._exponent(made, value, broadcast(value, dims), power * factor)
+            else:
+                made.coefficient *= math.exp(power * factor * float(value))  # type: ignore[arg-type]
+
+    def _scaled(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
+        """Views, negation, products with numbers."""
+        product = Product()
+        rule = RULES.get(node.target)
+        parts = None if rule is None else rule(node, resolved(dims), product)
+        if parts is None or product.summed or len(parts) != 1:
+            made.times(Key("exp", node, dims), power)
+            return
+        self._exponent(made, *parts[0], power * product.coefficient)
+
+    def _ramped(self, node: Node, dims: Dims) -> tuple[Key, float, float] | None:
+        """A product of a tensor that does not change with time and the number of the token."""
+        for base, ramp in (node.args[:2], node.args[1::-1]):
+            found = self._ramp_of(ramp, dims)
+            if found is not None and isinstance(base, Node):
+                start, step, time = found
+                return Key("exppow", base, broadcast(base, dims), time), start, step
+        return None
+
+    def _decay(self, made: Monomial, ramped: tuple[Key, float, float], power: float) -> None:
+        key, start, step = ramped
+        made.times(key, step * power)
+        if start:
+            made.times(replace(key, kind="exp", time=None), start * power)
+
+    def _ramp_of(self, value: Any, dims: Dims) -> tuple[float, float, Label] | None:
+        """First value, step and label of a tensor that counts tokens."""
+        if not isinstance(value, Node) or not _ramp(value):
+            return None
+        labels = [label for dim in broadcast(value, dims) for label in dim]
+        if len(labels) != 1:
+            return None
+        start, step = _counted(value)
+        return start, step, labels[0]
+
+    def _running(self, node: Node, dims: Dims, kind: str) -> Key | None:
+        """The running product that a node is: with ``expsum``, its logarithm."""
+        source, front, along = node, 0, None
+        while (found := padded(source, 1.0 if kind == "prod" else 0.0)) is not None:
+            inner, dim, count = found
+            if along not in (None, dim):
+                return None
+            source, along, front = inner, dim, front + count
+        if opname(source) != ("cumprod" if kind == "prod" else "cumsum") or source is self.target:
+            return None
+        given = arguments(source)
+        dim = given["dim"] % len(dims)
+        if along not in (None, dim) or len(dims[dim]) != 1:
+            return None
+        time = dims[dim][0]
+        inside = None
+        if front:
+            inside = self.inner.setdefault((time, front), Label(shape(source)[dim]))
+            dims = (*dims[:dim], (inside,), *dims[dim + 1 :])
+        return rooted(Key(kind, given["self"], dims, time, front, inside))
+
+
+def rooted(key: Key) -> Key:
+    """The same running product of what is behind views, ``log`` and ``exp``."""
+    node, dims = key.node, key.dims
+    while node is not None and node.target in VIEWS:
+        parts = VIEWS[node.target](node, resolved(dims), Product())
+        if parts is None:
+            return key
+        node, dims = parts[0]
+    if node is not None and key.kind == "expsum" and node.target is aten.log.default:
+        return rooted(replace(key, kind="prod", node=_first(node), dims=dims))
+    if node is not None and key.kind == "prod" and node.target is aten.exp.default:
+        return rooted(replace(key, kind="expsum", node=_first(node), dims=dims))
+    return replace(key, node=node, dims=dims)
+
+
+def broadcast(node: Node, dims: Dims) -> Dims:
+    """Labels of an operand that broadcasts to ``dims``."""
+    sizes = shape(node)
+    own = dims[len(dims) - len(sizes) :] if sizes else ()
+    return tuple(() if s == 1 else d for s, d in zip(sizes, own, strict=True))
+
+
+def _first(node: Node) -> Node:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return source
+
+
+def padded(node: Node, fill: float) -> tuple[Node, int, int] | None:
+    """The source of a node that puts ``fill`` in front of it, along which dim, how many."""
+    if opname(node) in PADS:
+        given = arguments(node)
+        amounts = list(given["pad"])
+        used = [i for i, amount in enumerate(amounts) if not isinstance(amount, int) or amount]
+        value = given["value"] or 0.0
+        plain = given.get("mode", "constant") == "constant" and value == fill
+        if not plain or len(used) != 1 or used[0] % 2 or not isinstance(amounts[used[0]], int):
+            return None
+        rank = len(shape(node))
+        count = amounts[used[0]]
+        return (given["self"], rank - 1 - used[0] // 2, count) if count > 0 else None
+    if opname(node) == "cat":
+        given = arguments(node)
+        parts = given["tensors"]
+        dim = given["dim"] % len(shape(node))
+        front = len(parts) == 2 and (is_zero(parts[0]) if fill == 0 else _is_one(parts[0]))
+        if front and isinstance(shape(parts[0])[dim], int):
+            return parts[1], dim, shape(parts[0])[dim]
+    return None
+
+
+def _is_one(node: Node) -> bool:
+    return opname(node) in ("ones", "ones_like", "new_ones") and not written(node)
+
+
+COUNTS: Mapping[str, Callable[[tuple[float, float], float], tuple[float, float]]] = {
+    "add": lambda line, n: (line[0] + n, line[1]),
+    "sub": lambda line, n: (line[0] - n, line[1]),
+    "rsub": lambda line, n: (n - line[0], -line[1]),
+    "mul": lambda line, n: (line[0] * n, line[1] * n),
+    "div": lambda line, n: (line[0] / n, line[1] / n),
+}
+PASSED = ("to", "_to_copy", "view", "reshape", "unsqueeze", "expand", "neg", "clone")
+
+
+def _ramp(node: Node) -> bool:
+    """Whether a tensor counts 0, 1, 2, ..., perhaps scaled and from elsewhere."""
+    while node.target not in RAMPS:
+        one = len(node.all_input_nodes) == 1 and node.args and isinstance(node.args[0], Node)
+        if not one or opname(node) not in (*COUNTS, *PASSED):
+            return False
+        if opname(node) in COUNTS and not isinstance(node.args[1], int | float):
+            return False
+        node = _first(node)
+    given = arguments(node)
+    return all(isinstance(given.get(name, 0), int | float) for name in ("start", "step"))
+
+
+def _counted(node: Node) -> tuple[float, float]:
+    """First value and step."""
+    if node.target in RAMPS:
+        given = arguments(node)
+        return float(given.get("start", 0)), float(given.get("step", 1))
+    line = _counted(_first(node))
+    if opname(node) == "neg":
+        return -line[0], -line[1]
+    if opname(node) in COUNTS:
+        scale = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+        number = float(node.args[1])  # type: ignore[arg-type]
+        return COUNTS[opname(node)](line, number * scale)
+    return line
+
+
+def floating(node: Node) -> bool:
+    """Whether a node is a tensor of floats."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
