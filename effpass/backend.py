@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 import effpass.lowering  # noqa: F401  registers the implementations
@@ -22,13 +23,13 @@ from effpass.capture import known
 from effpass.capture.dynamo import CaptureError, capture
 from effpass.config import Config
 from effpass.debug import Stages
-from effpass.graph.clean import clean
+from effpass.graph.clean import clean, graphs
 from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
 from effpass.patterns.raising import raise_ops
-from effpass.report import Declined, GraphReport, Miss
+from effpass.report import Called, Declined, GraphReport, Miss
 
 log = logging.getLogger("effpass")
 _NUMBERS = itertools.count()
@@ -64,6 +65,7 @@ def compile_graph(
 
     report.applied += clean(graph)
     stages.graph("cleaned", graph)
+    report.called += _called(graph)
     if graph is not gm:
         raising = raise_ops(graph, config.verify, strict=config.strict)
         report.raised, report.misses = raising.raised, raising.misses
@@ -92,6 +94,17 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], report: GraphReport) -> Gr
         reason = f"it cannot be traced again: {type(error).__name__}: {error}"
         report.declined.append(Declined("capture", "", reason, "the graph runs uncleaned"))
     return gm
+
+
+def _called(graph: GraphModule) -> list[Called]:
+    """Attention that the model calls as torch's own op."""
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = (
+        n
+        for body in graphs(graph)
+        for n in body.graph.find_nodes(op="call_function", target=target)
+    )
+    return [Called("sdpa", layer(node), line(node)) for node in nodes]
 
 
 def _declined_functions(graph: GraphModule) -> list[Declined]:

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser(
         "explain",
-        help="what effpass does with a model, and what it declines, and why",
+        help="what effpass finds in each layer of a model, what it nearly finds, and why not",
         description="FACTORY is a function without arguments that returns (model, inputs); inputs "
         "is a tuple of positional arguments or a dict of keyword arguments.",
     )

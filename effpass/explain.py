@@ -19,6 +19,7 @@ def explain(
 ) -> Report:
     """What effpass does with ``model(*args, **kwargs)``, and what it declines, and why.
 
+    The report begins with its ``coverage``: layer by layer, what was found and the nearest miss.
     The model runs once on these inputs, in whatever mode (training, evaluation, no_grad) it is in;
     the random state is put back, a cache among the inputs is written to as by any call. Graphs are
     verified and run eagerly, whatever ``options`` says of the compiler. Raises ValueError or

@@ -64,6 +64,15 @@ class Raised:
 
 
 @dataclass(frozen=True)
+class Called:
+    """An op of torch's own that the model itself calls: there is nothing to raise."""
+
+    op: str
+    where: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Chosen:
     """The implementation that one op node got, and those that refused before it."""
 
@@ -78,7 +87,7 @@ class Chosen:
 class Found:
     """An op in a layer, ``count`` times, and the idioms that made it, the first to see it first.
 
-    Without idioms it came through a known library function, or the model calls it by itself.
+    Without idioms it came through a known library function, or the model calls it itself.
     """
 
     op: str
@@ -117,6 +126,7 @@ class GraphReport:
     verified: str = "not asked"
     applied: list[Applied] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
+    called: list[Called] = field(default_factory=list)
     raised: list[Raised] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
@@ -124,12 +134,12 @@ class GraphReport:
     @property
     def coverage(self) -> list[Coverage]:
         """One row a layer in which something was found or missed, like layers folded."""
-        wheres = {r.where for r in (*self.chosen, *self.raised, *self.misses)}
+        wheres = {r.where for r in (*self.chosen, *self.called, *self.raised, *self.misses)}
         rows = [self._layer(where) for where in sorted(wheres, key=_natural)]
         return _folded([row for row in rows if row.found or row.nearest])
 
     def _layer(self, where: str) -> Coverage:
-        ops = Counter(r.op for r in self.chosen if r.where == where)
+        ops = Counter(r.op for r in (*self.chosen, *self.called) if r.where == where)
         misses = [r for r in self.misses if r.where == where]
         found = _found(ops, [r for r in self.raised if r.where == where])
         nearest = misses[0] if misses else None
@@ -277,7 +287,7 @@ def _found(ops: Counter[str], raised: Sequence[Raised]) -> tuple[Found, ...]:
             op, earlier = inside[0]
             taken[op] -= 1
         chains.append((record.op, (*earlier, record.idiom)))
-    left = ops - Counter(op for op, _ in chains)
+    left = ops - Counter(op for op, _ in chains if op not in REGIONS)
     plain: list[tuple[str, tuple[str, ...]]] = [(op, ()) for op in left.elements()]
     counted = Counter(plain + sorted(chains, key=lambda chain: chain[0] in REGIONS))
     return tuple(Found(op, idioms, count) for (op, idioms), count in counted.items())
