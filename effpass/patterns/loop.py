@@ -56,6 +56,7 @@ def loop_of(steps: Steps, cycle: frozenset[int]) -> Loop:
     rows = [steps.rows[n] for n in sorted(cycle)]
     anchor = max(row.last for row in rows)
     carry = _carry(steps, cycle, rows, anchor)
+    steps.refresh()
     leaves = [r for r in steps.rows if r.source is not None and _together(steps, r.last, anchor)]
     if any(leaf.backwards for leaf in leaves):
         raise Missed("the loop runs from the last step to the first", anchor)
@@ -128,8 +129,10 @@ def same_reads(loop: Loop, row: Row, time: int) -> bool:
         return True
     if loop.last not in row.members:
         return False
-    here = list(loop.steps.arguments(row.members[time]))
-    for (argument, source, back), (other, wanted, lag) in zip(here, loop.reads(row), strict=True):
+    here, there = list(loop.steps.arguments(row.members[time])), loop.reads(row)
+    if len(here) != len(there):
+        return False
+    for (argument, source, back), (other, wanted, lag) in zip(here, there, strict=True):
         if wanted is None:
             if source is not None or argument is not other:
                 return False
@@ -209,7 +212,8 @@ def _gather_nodes(loop: Loop) -> list[Node]:
     found = {}
     for row in loop.steps.rows:
         if loop.last in row.members and row.source is None:
-            found |= {user: None for user in row.members[loop.last].users if user.target in GATHERS}
+            users = (u for u in row.members[loop.last].users if u.target in GATHERS)
+            found |= {user: None for user in users if user not in loop.steps.where}
     return list(found)
 
 

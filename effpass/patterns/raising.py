@@ -100,19 +100,43 @@ def _copied(graph: Graph) -> Graph:
 
 
 def _apply(idiom: Idiom, body: GraphModule, outcome: Raising) -> None:
-    for node in list(idiom.find(body.graph)):
-        if node._erased:
-            continue
-        try:
-            proposal = idiom.check(node)
-            if proposal is not None:
-                outcome.raised.append(_accept(idiom, proposal, body, outcome))
-        except Missed as miss:
-            outcome.miss(idiom, node, miss.node, miss.reason)
-        except Exception as error:  # never the user's problem: the nodes stay as they are
-            if outcome.strict:
-                raise
-            outcome.miss(idiom, node, node, f"it failed: {type(error).__name__}: {error}")
+    """Until nothing more is found: what was raised may have uncovered more."""
+    missed: set[Node] = set()
+    while True:
+        count = len(outcome.raised)
+        for node in _anchors(idiom, body, outcome):
+            if not node._erased and node not in missed and not _try(idiom, node, body, outcome):
+                missed.add(node)
+        if idiom.records or len(outcome.raised) == count:
+            return
+
+
+def _anchors(idiom: Idiom, body: GraphModule, outcome: Raising) -> list[Node]:
+    try:
+        return list(idiom.find(body.graph))
+    except Exception as error:  # never the user's problem: the nodes stay as they are
+        if outcome.strict:
+            raise
+        first = next(iter(body.graph.nodes))
+        outcome.miss(idiom, first, first, f"it failed: {type(error).__name__}: {error}")
+        return []
+
+
+def _try(idiom: Idiom, node: Node, body: GraphModule, outcome: Raising) -> bool:
+    try:
+        proposal = idiom.check(node)
+        if proposal is None:
+            return False
+        outcome.raised.append(_accept(idiom, proposal, body, outcome))
+    except Missed as miss:
+        outcome.miss(idiom, node, miss.node, miss.reason)
+        return False
+    except Exception as error:  # as above
+        if outcome.strict:
+            raise
+        outcome.miss(idiom, node, node, f"it failed: {type(error).__name__}: {error}")
+        return False
+    return True
 
 
 def _accept(idiom: Idiom, proposal: Proposal, body: GraphModule, outcome: Raising) -> Raised:

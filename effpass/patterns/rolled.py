@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,13 @@ class Rolled:
             env = dict(zip(leaves, given[: len(leaves)], strict=True))
             return function(env, *given[len(leaves) :])
 
-        return Batched(run, [*values, *more], stepped)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # vmap warns where it would loop over the steps
+                return Batched(run, [*values, *more], stepped)
+        except (RuntimeError, UserWarning, NotImplementedError) as error:
+            reason = f"its steps cannot be computed all at once: {error}"
+            raise Missed(reason, self.loop.carry.last) from error
 
     def _fake(self, leaf: Any) -> Any:
         if isinstance(leaf, Slices):

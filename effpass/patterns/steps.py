@@ -50,18 +50,26 @@ class Steps:
     groups: _Groups = field(default_factory=lambda: _Groups())
 
     def arguments(self, node: Node) -> Iterator[tuple[Node, Row | None, int]]:
-        """``(argument, its row, steps back)`` of a member; no row for what is invariant."""
+        """``(argument, its row, steps back)`` of a member; no row for what is invariant.
+
+        In the order in which they are written, as often as they are.
+        """
         _, time = self.where[node]
-        for argument in node.all_input_nodes:
+        written: list[Node] = []
+        map_arg((node.args, node.kwargs), written.append)
+        for argument in written:
             place = self.where.get(argument)
             if place is None or self.groups.find(argument) != self.groups.find(node):
                 yield argument, None, 0
             else:
                 yield argument, self.rows[place[0]], time - place[1]
 
-    def row(self, node: Node) -> Row:
-        """The row of a member."""
-        return self.rows[self.where[node][0]]
+    def refresh(self) -> None:
+        """Reads the sources of leaves again: one loop may have been replaced in front of another."""
+        for row in self.rows:
+            slot = None if row.source is None or row.last._erased else slot_of(row.last)
+            if slot is not None:
+                row.source = slot.source
 
 
 def steps_of(graph: Graph) -> Steps:
@@ -70,9 +78,11 @@ def steps_of(graph: Graph) -> Steps:
     found, numbers = Steps(), {}
     groups = found.groups
     for node in graph.nodes:
-        if node.op != "call_function" or node.target in GATHERS:
+        if node.op != "call_function":
             continue
         slot, timed = slots.get(node), [a for a in node.all_input_nodes if a in found.where]
+        if node.target in GATHERS and len({found.where[a][1] for a in timed}) >= FEWEST:
+            continue  # collects steps: of no step itself
         if slot is not None:
             key: Any = ("leaf", slot.source, slot.dim, slot.keep)
             groups.add(node, key)
