@@ -106,7 +106,9 @@ def evaluate(
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: env[n])
         if double:
             args, kwargs = pytree.tree_map(_doubled, (args, kwargs))
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        made = node.target(*args, **kwargs)  # type: ignore[operator]
+        # factories without a dtype give the default one
+        env[node] = pytree.tree_map(_widened, made) if double else made
         for source in node.all_input_nodes:
             if last[source] is node and source not in keep:
                 env.pop(source, None)
@@ -139,6 +141,11 @@ def constant(node: Node, limit: int = 1 << 24) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def op_name(node: Node) -> str:
+    """What a reader of a report calls a node: its operation, e.g. "the add"."""
+    return f"the {getattr(node.target, '_opname', None) or getattr(node.target, '__name__', node)}"
+
+
 def _symbols(node: Node) -> list[Any]:
     leaves = pytree.tree_leaves((node.args, node.kwargs))
     return [a for a in leaves if isinstance(a, SYMBOLS)]
@@ -150,9 +157,9 @@ def _refuse(node: Node) -> None:
     if isinstance(node.target, HigherOrderOperator) and node.target is not associative_scan_op:
         raise CarveError(f"it contains the higher-order op {node.target}", node)
     if writes(node):
-        raise CarveError(f"{node.name} writes in place", node)
+        raise CarveError(f"{op_name(node)} in it writes in place", node)
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _random(node):
-        raise CarveError(f"{node.name} is random", node)
+        raise CarveError(f"{op_name(node)} in it is random", node)
 
 
 def _random(node: Node) -> bool:
@@ -185,10 +192,10 @@ def early_users(region: Region) -> list[Node]:
         node = node.next
     for node in found:
         if node in region.inputs:
-            raise CarveError(f"what it reads, {node.name}, depends on what it computes", node)
+            raise CarveError(f"{op_name(node)} that it reads depends on what it computes", node)
         _refuse(node)
         if node.meta.get("effpass_region") != place.meta.get("effpass_region"):
-            raise CarveError(f"{node.name} uses it before all of its inputs exist", node)
+            raise CarveError(f"{op_name(node)} uses it before all of its inputs exist", node)
     return found
 
 
@@ -199,7 +206,7 @@ def _unwritten(region: Region) -> None:
     while node is not region.place.next:
         for target in writes(node):
             if _storage(target) is None or _storage(target) in storages:
-                raise CarveError(f"{node.name} writes in place to what it reads", node)
+                raise CarveError(f"{op_name(node)} writes in place to what it reads", node)
         node = node.next
 
 
@@ -210,6 +217,10 @@ def _storage(node: Node) -> int | None:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if _is_float(value) else value
 
 
 def _doubled(value: Any) -> Any:
