@@ -64,7 +64,7 @@ def raise_ops(
     ``proving`` compares every region with its replacement on random inputs (always done where
     structure alone does not settle it). An idiom that fails is a miss, with ``strict`` an
     exception. Graphs with in-place writes are matched in a functional form, which is kept only if
-    something was raised in it.
+    something was raised or recorded in it.
     """
     outcome = Raising(proving, strict)
     idioms = IDIOMS if idioms is None else idioms
@@ -74,14 +74,10 @@ def raise_ops(
             body.graph = _copied(original)
             functional(body)
         merge_duplicates(body.graph)
-        for idiom in idioms:
-            if not idiom.records:
-                _apply(idiom, body, outcome)
+        for idiom in sorted(idioms, key=lambda idiom: idiom.records):
+            _apply(idiom, body, outcome)
         if body.graph is not original and len(outcome.raised) == count:
             body.graph = original
-        for idiom in idioms:
-            if idiom.records:
-                _apply(idiom, body, outcome)
         body.recompile()
     return outcome
 
