@@ -97,13 +97,15 @@ def matmul_of_transpose(node: Node) -> Node | None:
 
 
 def made_by_size(node: Node) -> Node | None:
-    """``x.new_zeros(2)`` and ``zeros_like(x)`` of fixed size read nothing of x."""
+    """``x.new_zeros(2)``, and ``zeros_like(x)`` of fixed size, read nothing of x."""
     made = MADE_BY_SIZE.get(node.target)
     value = node.meta.get("val")
     if made is None or not isinstance(value, torch.Tensor):
         return None
     shape, fills = list(value.shape), () if made[1] is None else (node.args[made[1]],)
-    if not all(isinstance(n, int) for n in shape) or not value.is_contiguous():
+    if not all(isinstance(n, int) for n in shape):
+        shape = None if node.target in LIKE else node.args[1]
+    if shape is None or not value.is_contiguous():
         return None
     if any(isinstance(fill, Node) for fill in fills):
         return None
@@ -133,6 +135,7 @@ MADE_BY_SIZE: dict[object, tuple[OpOverload, int | None]] = {
     aten.new_full.default: (aten.full.default, 2),
     aten.full_like.default: (aten.full.default, 1),
 }
+LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
 RULES: tuple[Rule, ...] = (
     same_dtype_cast,
     double_transpose,

@@ -25,6 +25,8 @@ from effpass.patterns.scores import CASTS, Reader, Scores, dropout, number
 from effpass.patterns.sdpa import Attention, group, known_arrange
 from effpass.patterns.softmax import Softmax, is_softmax, softmax
 
+# these read the shape of a tensor alone
+BY_SIZE = ("sym_size", "zeros_like", "ones_like", "full_like")
 MULTIPLIED = "the attention weights are multiplied by a tensor before they meet the values"
 
 
@@ -250,7 +252,7 @@ def _check_users(inside: set[Node], last: Node) -> None:
     """What lies inside is used inside only: else it would be computed twice."""
     for node in sorted(inside):
         for user in node.users:
-            if node is not last and user not in inside:
+            if node is not last and user not in inside and opname(user) not in BY_SIZE:
                 what = "returned" if user.op == "output" else f"used by {user.name}"
                 raise Missed(f"the scores are also {what}", node)
 

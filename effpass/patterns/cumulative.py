@@ -105,7 +105,10 @@ def _matched(node: Node, candidate: Node) -> Match:
     if outer.start is not None:
         if any(k.front or k.kind not in ("prod", "expsum") for k in decays):
             raise Unreadable
-        start = {Key("tensor", outer.start[0], resolved(outer.start[1])): 1.0} | constants
+        before = Key("tensor", outer.start[0], resolved(outer.start[1]))
+        if time in before.labels:
+            raise Unreadable
+        start = {before: 1.0} | constants
     inputs |= {k: p + inputs.get(k, 0.0) for k, p in constants.items()}
     inputs = {k: p for k, p in inputs.items() if p}
     scale = inner.coefficient * outer.coefficient
@@ -170,7 +173,7 @@ def _proposal(match: Match, candidate: Node) -> Proposal:
     match.decays = {_unpadded(k, match): p for k, p in match.decays.items()}
     labels = {r for dim in match.dims for r in dim}
     nodes = match.nodes
-    if not labels <= match.labels or not nodes:
+    if not labels <= match.labels or not nodes or not all(map(floating, nodes)):
         raise Unreadable
     dtype = candidate.meta["val"].dtype
 

@@ -135,6 +135,10 @@ def _filled(number: Any) -> int:
     return ZERO if number == 0 else ONE if number == 1 else UNKNOWN
 
 
+def _place(dim: int, value: Value) -> int:
+    return dim % max(len(value.dims), 1)
+
+
 def _same(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     source = given["self"]
     kept = source.meta["val"].dtype == node.meta["val"].dtype
@@ -168,7 +172,7 @@ def _slice(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     where = [given[name] for name in ("start", "end", "step")]
     if not all(isinstance(bound, int | None) for bound in where):
         return None
-    dim = given["dim"] % len(value.dims)
+    dim = _place(given["dim"], value)
     return along(value, dim, lambda codes: aten.slice.Tensor(codes, 0, *where))
 
 
@@ -178,7 +182,7 @@ def _narrow(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     if value is None or not isinstance(start, int) or not isinstance(length, int):
         return None
     return along(
-        value, given["dim"] % len(value.dims), lambda codes: codes.narrow(0, start, length)
+        value, _place(given["dim"], value), lambda codes: codes.narrow(0, start, length)
     )
 
 
@@ -186,7 +190,7 @@ def _select(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     value, index = sight.of(given["self"], node), given["index"]
     if value is None or not isinstance(index, int):
         return None
-    return _picked(value, given["dim"] % len(value.dims), index)
+    return _picked(value, _place(given["dim"], value), index)
 
 
 def _picked(value: Value, dim: int, index: int) -> Value | None:
@@ -199,7 +203,7 @@ def _unbind(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     value = sight.of(given["self"], node)
     if value is None:
         return None
-    dim = given["dim"] % len(value.dims)
+    dim = _place(given["dim"], value)
     return [_picked(value, dim, i) for i in range(len(node.meta["val"]))]
 
 
@@ -208,7 +212,7 @@ def _split(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     value = sight.of(given["self"], node)
     if value is None:
         return None
-    dim = given["dim"] % len(value.dims)
+    dim = _place(given["dim"], value)
     sizes = [part.shape[dim] for part in node.meta["val"]]
     if not all(isinstance(size, int) for size in sizes):
         return None
@@ -228,7 +232,7 @@ def _several(sight: Sight, node: Node, tensors: Any) -> list[Value]:
 
 def _cat(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     values = _several(sight, node, given["tensors"])
-    return joined(values, given["dim"] % len(values[0].dims)) if values else None
+    return joined(values, _place(given["dim"], values[0])) if values else None
 
 
 def _stack(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
@@ -242,7 +246,7 @@ def _stack(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
 def _flip(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     value = sight.of(given["self"], node)
     for dim in given["dims"]:
-        value = value and along(value, dim % len(value.dims), lambda codes: codes.flip(0))
+        value = value and along(value, _place(dim, value), lambda codes: codes.flip(0))
     return value
 
 
@@ -252,7 +256,7 @@ def _roll(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
         return None
     for dim, shift in zip(given["dims"], given["shifts"], strict=True):
         turn = lambda codes, by=shift: codes.roll(by, 0)  # noqa: E731
-        value = value and along(value, dim % len(value.dims), turn)
+        value = value and along(value, _place(dim, value), turn)
     return value
 
 
@@ -296,7 +300,7 @@ def _slice_scatter(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     where = [given[name] for name in ("start", "end", "step")]
     if base is None or part is None or not all(isinstance(bound, int | None) for bound in where):
         return None
-    dim = given["dim"] % len(base.dims)
+    dim = _place(given["dim"], base)
     return scattered(base, part, dim, lambda b, p: aten.slice_scatter(b, p, 0, *where))
 
 
@@ -304,7 +308,7 @@ def _select_scatter(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     base, part = sight.of(given["self"], node), sight.of(given["src"], node)
     if base is None or part is None or not isinstance(given["index"], int):
         return None
-    dim = given["dim"] % len(base.dims)
+    dim = _place(given["dim"], base)
     row = reshaped(part, [*part.shape[:dim], 1, *part.shape[dim:]])
     write = lambda b, p: aten.select_scatter(b, p[0], 0, given["index"])  # noqa: E731
     return None if row is None else scattered(base, row, dim, write)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -229,6 +230,8 @@ def _axes(dims: Sequence[Dim], dim: int) -> list[int]:
 
 def _fronted(value: Value, dim: int) -> Value | None:
     """The value without ``dim``, whose time leads the codes; None where it is not only time."""
+    if dim >= len(value.dims):  # a number
+        return None
     whole = _merged(value)
     atoms, dims = whole.dims[dim], (*whole.dims[:dim], (), *whole.dims[dim + 1 :])
     names = {atom.name for atom in atoms}
@@ -259,6 +262,8 @@ def _aligned(values: Sequence[Value], lead: int = 0) -> tuple[tuple[Dim, ...], l
         if dim is None:
             return None
         dims.append(dim)
+    if _crossed(dims):
+        return None
     codes = [_placed(v.codes, own, dims, lead) for v, own in zip(merged, padded, strict=True)]
     return tuple(dims), codes
 
@@ -278,6 +283,13 @@ def _common(column: Sequence[Dim]) -> Dim | None:
             return None
         made.append(kinds.pop())
     return tuple(made)
+
+
+def _crossed(dims: Sequence[Dim]) -> bool:
+    """Whether one position of a named dim runs along two dims, as in an outer product."""
+    named = [atom for dim in dims for atom in dim if atom.name not in (TIME, FREE)]
+    ends = [(atom.name, atom.stride, atom.stride * atom.size) for atom in sorted(named)]
+    return any(x == y and end > start for (x, _, end), (y, start, _) in pairwise(ends))
 
 
 def _placed(codes: Tensor, own: Sequence[Dim], dims: Sequence[Dim], lead: int) -> Tensor:

@@ -73,8 +73,6 @@ def loop_of(steps: Steps, cycle: frozenset[int]) -> Loop:
         raise Missed(f"its steps are not alike: those before step {loop.first} differ", anchor)
     loop.behind = _behind(loop)
     _uses(loop)
-    if not loop.gathers and not loop.singles:
-        raise Missed("nothing of the loop is used", anchor)
     return loop
 
 

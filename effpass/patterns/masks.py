@@ -2,8 +2,8 @@
 
 Adding is adding. Overwriting a score is not: ``where(mask, fill, s)`` becomes ``s + fill``, which
 is the same where the fill leaves no weight beside a visible key, and in a row without visible keys
-only if ``s`` is 0 there. So the queries of such rows are zeroed while running (unless the fill is so
-low that adding a score to it changes nothing). Rows of nothing but -inf are NaN, as in softmax.
+only if ``s`` is 0 there. So the queries of such rows are zeroed while running (unless the fill is
+so low that adding a score to it changes nothing). Rows of -inf alone are NaN, as in softmax.
 """
 
 from __future__ import annotations
@@ -80,12 +80,14 @@ class Mask:
 
     ``causal``: exactly that no key is later than its query. ``rests``: some rows may have no
     visible key, so that their queries are to be zeroed. ``empty``: some rows may be all -inf.
+    ``plain``: it says which keys are visible, and nothing else.
     """
 
     steps: tuple[Step, ...] = ()
     causal: bool = False
     rests: bool = False
     empty: bool = False
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def settle(
         dynamic = any(isinstance(step, Filled) for step in others)
         rests = rests and (unseen or dynamic or not bounded)
         empty = empty and (unseen or not bounded)
-    return Mask(tuple(steps), False, rests, empty)
+    return Mask(tuple(steps), False, rests, empty, all(map(_plain, steps)))
 
 
 def _mask(step: Filled, arrange: Arrange) -> Tensor:
@@ -216,6 +218,13 @@ def _idle(step: Step, at: Node) -> bool:
         return False
     masks = ((fixed != 0) != step.inverted) if isinstance(step, Filled) else fixed != 0
     return not bool(masks.any())
+
+
+def _plain(step: Step) -> bool:
+    if not isinstance(step, Added) or not isinstance(step.value, Operand):
+        return True
+    held = values(step.value.node)
+    return held is not None and all(v == 0 or v * step.factor <= HIDES for v in held)
 
 
 def _check_floors(steps: Sequence[Step], half: bool, at: Node) -> None:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.bounds import values
 from effpass.patterns.labels import Dim, Dims, Labels, expression, single
 from effpass.patterns.layout import arrange, sizes
-from effpass.patterns.masks import HIDES, Mask, Operand, bias, operands
+from effpass.patterns.masks import Mask, Operand, bias, operands
 from effpass.patterns.proposal import Missed
 from effpass.patterns.scores import Multiplier
 
@@ -132,10 +131,9 @@ class Attention:
             return added.to(dtype)
         if added.dtype is torch.float32 and device == "cpu" and not cast:
             return added
-        if not all(_is_mask(operand.node) for operand in operands(self.mask.steps)):
-            raise Missed(
-                f"a bias in {added.dtype} is added to scores of queries in {dtype}", self.query.node
-            )
+        if not self.mask.plain:
+            what = "autocast would round a bias" if cast else "the op would round a bias"
+            raise Missed(f"{what} from {added.dtype} to {dtype}", self.query.node)
         lowest = added.clamp(min=torch.finfo(dtype).min)
         return torch.where(added == -torch.inf, added, lowest).to(dtype)
 
@@ -210,9 +208,3 @@ def known_arrange(labels: Labels, groups: Groups) -> Any:
 def _extent(labels: Labels, label: int) -> float:
     size = expression(labels.sizes[label])
     return float(size) if size.is_number else float("inf")
-
-
-def _is_mask(node: Node) -> bool:
-    """Whether a tensor only says which keys are visible."""
-    held = values(node)
-    return held is not None and all(v == 0 or v == 1 or v <= HIDES for v in held)

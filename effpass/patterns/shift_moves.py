@@ -264,9 +264,21 @@ def _stack(f: Follower, node: Node) -> Value:
     return joined([part.moved(order) for part in parts], dim)
 
 
+def _alone(f: Follower, node: Node) -> None:
+    """Lost where elements share memory: torch writes one and changes all."""
+    value = node.meta["val"]
+    sizes = [(f.number(s), f.number(n)) for s, n in zip(value.stride(), value.shape, strict=True)]
+    reach = 0
+    for stride, size in sorted(pair for pair in sizes if pair[1] != 1):
+        if stride <= reach:
+            raise Lost
+        reach += stride * (size - 1)
+
+
 @rule(aten.slice_scatter.default)
 def _slice_scatter(f: Follower, node: Node) -> Value:
     given = arguments(node)
+    _alone(f, given["self"])
     whole, part = f.value(given["self"]), f.value(given["src"])
     dim = given["dim"] % whole.rank
     size = whole.shape[dim]
@@ -280,6 +292,7 @@ def _slice_scatter(f: Follower, node: Node) -> Value:
 @rule(aten.select_scatter.default)
 def _select_scatter(f: Follower, node: Node) -> Value:
     given = arguments(node)
+    _alone(f, given["self"])
     whole, part = f.value(given["self"]), f.value(given["src"])
     dim = given["dim"] % whole.rank
     index, size = f.number(given["index"]) % whole.shape[dim], whole.shape[dim]

@@ -65,7 +65,7 @@ class Steps:
                 yield argument, self.rows[place[0]], time - place[1]
 
     def refresh(self) -> None:
-        """Reads the sources of leaves again: one loop may have been replaced in front of another."""
+        """Reads the sources of leaves again: a loop may have been replaced in front of another."""
         for row in self.rows:
             slot = None if row.source is None or row.last._erased else slot_of(row.last)
             if slot is not None:

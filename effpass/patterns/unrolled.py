@@ -42,6 +42,8 @@ def check(anchor: Node) -> Proposal | None:
     """The loop around a cycle, rolled up. Raises Missed where it is not an affine recurrence."""
     steps, cycle = anchor.meta.pop("effpass_cycle")
     loop = loop_of(steps, cycle)
+    if not loop.gathers and not loop.singles:
+        return None  # dead code
     rolled = Rolled(loop)
     inputs = tuple(rolled.inputs)
     outputs = tuple(g.node for g in loop.gathers) + tuple(node for _, _, node in loop.singles)
