@@ -212,8 +212,8 @@ def test_dump_writes_every_stage(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "stages").iterdir()
     names = sorted(p.name for p in folder.iterdir())
     assert names == [
-        *("00_dynamo.txt", "01_captured.txt", "02_cleaned.txt", "03_lowered.txt"),
-        *("report.json", "report.txt"),
+        *("00_dynamo.txt", "01_captured.txt", "02_cleaned.txt", "03_raised.txt"),
+        *("04_lowered.txt", "report.json", "report.txt"),
     ]
     assert "effpass.selective_scan" in (folder / "01_captured.txt").read_text()
     assert json.loads((folder / "report.json").read_text())["graphs"][0]["chosen"]

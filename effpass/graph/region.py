@@ -19,6 +19,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from effpass.graph.regions import region as region_of
+from effpass.graph.regions import region_modes
 from effpass.graph.writes import writes
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -171,8 +173,14 @@ def _random(node: Node) -> bool:
 
 
 def _one_mode(region: Region) -> None:
-    modes = {n.meta.get("effpass_region") for n in region.nodes if n.op != "get_attr"}
-    if len(modes | {region.place.meta.get("effpass_region")}) > 1:
+    """Refuses nodes of several modes; a ``no_grad`` block between two of them does not matter."""
+    place, nodes = region.place, [n for n in region.nodes if n.op != "get_attr"]
+    if len({n.meta.get("effpass_region") for n in (place, *nodes)}) == 1:
+        return
+    modes = region_modes(place.graph.owning_module)
+    # where the whole graph is in no_grad, its first modes are not those that region_modes takes
+    known = torch.is_grad_enabled()
+    if not known or any(modes[region_of(n)] != modes[region_of(place)] for n in nodes):
         raise CarveError("grad mode or autocast changes inside it", region.nodes[0])
 
 
@@ -200,14 +208,25 @@ def early_users(region: Region) -> list[Node]:
 
 
 def _unwritten(region: Region) -> None:
-    """No write, between the region's first node and its replacement, to a storage it touches."""
-    storages = {_storage(n) for n in (*region.nodes, *region.inputs)} - {None}
-    node = min(region.nodes, default=region.place)
-    while node is not region.place.next:
+    """Nothing that it touches is written to before its replacement, nor its outputs afterwards.
+
+    Nor its inputs, where a gradient may need them: the op may save what the nodes did not.
+    """
+    touched = {_storage(n) for n in (*region.nodes, *region.inputs)}
+    kept = {_storage(n) for n in region.outputs}
+    if any(_needs_gradient(n) for n in region.inputs):
+        kept |= {_storage(n) for n in region.inputs}
+    first, place = min(region.nodes, default=region.place), region.place
+    for node in place.graph.nodes:
         for target in writes(node):
-            if _storage(target) is None or _storage(target) in storages:
-                raise CarveError(f"{op_name(node)} writes in place to what it reads", node)
-        node = node.next
+            storage = _storage(target)
+            if first < node and (storage is None or storage in (kept if place < node else touched)):
+                raise CarveError(f"{op_name(node)} writes in place to what it reads or makes", node)
+
+
+def _needs_gradient(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _storage(node: Node) -> int | None:
