@@ -7,6 +7,12 @@ from torch import Tensor
 TOLERANCES: dict[str, tuple[float, float, str]] = {
     "model_fp32": (1e-5, 1e-7, "a few layers of float32 rounding, sums in another order"),
     "model_gradient_fp32": (5e-5, 1e-7, "the same, forward and back"),
+    "raised_gradient_fp32": (
+        5e-5,
+        1e-6,
+        "the same; a bias of keys has no gradient in truth, only the rounding of its terms",
+    ),
+    "raised_fp64": (1e-10, 1e-12, "float64 sums in another order, through exponentials"),
     "kernel_fp32": (3e-6, 1e-7, "float32 sums in another order; measured 8e-7 at most"),
     "kernel_bf16": (2**-8, 1e-7, "one rounding to 8 bits, on either side of a tie"),
     "kernel_fp16": (2**-10, 1e-7, "one rounding to 11 bits, on either side of a tie"),
@@ -25,6 +31,17 @@ TOLERANCES: dict[str, tuple[float, float, str]] = {
         5e-5,
         1e-6,
         "chunked inverses: an ulp of the weights moves 3e-6, stock Inductor is off by 1.1e-5",
+    ),
+    "interval_fp64": (1e-12, 1e-13, "products and sums of a few float64 values, in another order"),
+    "program_fp64": (
+        1e-9,
+        1e-12,
+        "float64 sums in another order, through quotients of running products down to 1e-5",
+    ),
+    "program_fp32": (
+        3e-4,
+        1e-6,
+        "the same in float32: products of nine gates down to 0.2 cost three digits",
     ),
     "zoo_gradient_fp32": (
         1e-4,

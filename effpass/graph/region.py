@@ -177,7 +177,7 @@ def _one_mode(region: Region) -> None:
     place, nodes = region.place, [n for n in region.nodes if n.op != "get_attr"]
     if len({n.meta.get("effpass_region") for n in (place, *nodes)}) == 1:
         return
-    modes = region_modes(place.graph.owning_module)
+    modes = region_modes(place.graph.owning_module)  # type: ignore[arg-type]
     # where the whole graph is in no_grad, its first modes are not those that region_modes takes
     known = torch.is_grad_enabled()
     if not known or any(modes[region_of(n)] != modes[region_of(place)] for n in nodes):
