@@ -19,7 +19,16 @@ from effpass.graph.region import CarveError, Region, carve, early_users
 from effpass.graph.source import layer, line
 from effpass.graph.splice import SpliceError, insert, replace
 from effpass.graph.writes import writes
-from effpass.patterns import associative, attention, convolution, discretised, unrolled
+from effpass.patterns import (
+    associative,
+    attention,
+    chunked,
+    convolution,
+    cumulative,
+    discretised,
+    feed_forward,
+    unrolled,
+)
 from effpass.patterns.proof import prove
 from effpass.patterns.proposal import Idiom, Missed, Proposal, Recorded
 from effpass.report import Miss, Raised
@@ -28,8 +37,11 @@ IDIOMS: tuple[Idiom, ...] = (
     convolution.IDIOM,
     unrolled.IDIOM,
     associative.IDIOM,
+    cumulative.IDIOM,
+    chunked.IDIOM,
     discretised.IDIOM,
     *attention.IDIOMS,
+    feed_forward.IDIOM,
 )
 
 
