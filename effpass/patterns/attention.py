@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.emit import same_sizes
-from effpass.graph.region import constant
+from effpass.patterns.bounds import fixed_value
 from effpass.patterns.contraction import contraction, is_float
 from effpass.patterns.labels import Dim, Dims, Labels, argument, opname
 from effpass.patterns.masks import Operand, operands, settle
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 from effpass.patterns.scores import CASTS, Reader, Scores, dropout, number
-from effpass.patterns.sdpa import Attention, group, known_arrange
+from effpass.patterns.sdpa import Attention, Placing, group
 from effpass.patterns.softmax import Softmax, is_softmax, softmax
 
 # these read the shape of a tensor alone
@@ -74,7 +74,7 @@ def check_capped(node: Node) -> Proposal | None:
 
 def _proposal(op: str, attention: Attention, out: Node) -> Proposal:
     inputs = attention.inputs()
-    fixed = {o.node: constant(o.node) for o in operands(attention.mask.steps)}
+    fixed = {o.node: fixed_value(o.node) for o in operands(attention.mask.steps)}
     draw = {
         node: lambda drawn, value=value: value.to(drawn.dtype)
         for node, value in fixed.items()
@@ -139,7 +139,7 @@ def _assemble(
         groups = group(labels, dims, keys, vectors, biases, spread)
         if groups is None:
             raise Missed("queries and keys share more than their channels", node)
-        mask = settle(steps, known_arrange(labels, groups), _in_float16(query, scores), node)
+        mask = settle(steps, Placing(labels, groups), _in_float16(query, scores), node)
         # only the CPU's fused kernel takes both a mask and grouped queries
         if not mask.steps or value.node.meta["val"].device.type == "cpu":
             break
@@ -170,7 +170,7 @@ def _follow(labels: Labels, node: Node, dims: Dims, keys: Dim) -> _Result | None
     path, factor = [], 1.0
     while True:
         path.append(node)
-        users = list(node.users)
+        users = [user for user in node.users if not _dead(user)]
         if len(users) != 1:
             if any(_leads(user) for user in users):
                 other = next((u for u in users if not _leads(u)), users[-1])
@@ -241,6 +241,13 @@ def _product(
     return _Result(product, other, out, factor * found.factor, (*path, product))
 
 
+def _dead(node: Node, distance: int = 8) -> bool:
+    """Whether nothing reads what a node computes."""
+    if node.op != "call_function" or node.is_impure() or not distance:
+        return False
+    return all(_dead(user, distance - 1) for user in node.users)
+
+
 def _leads(node: Node, distance: int = 4) -> bool:
     """Whether a product is one of the next few nodes."""
     if contraction(node) is not None:
@@ -252,7 +259,8 @@ def _check_users(inside: set[Node], last: Node) -> None:
     """What lies inside is used inside only: else it would be computed twice."""
     for node in sorted(inside):
         for user in node.users:
-            if node is not last and user not in inside and opname(user) not in BY_SIZE:
+            outside = user not in inside and opname(user) not in BY_SIZE
+            if node is not last and outside and not _dead(user):
                 what = "returned" if user.op == "output" else f"used by {user.name}"
                 raise Missed(f"the scores are also {what}", node)
 
@@ -322,5 +330,5 @@ def _sizes_read(inputs: Iterable[Node], out: Node) -> list[Node]:
 
 
 IDIOM = Idiom("attention", find, check)
-SOFTCAP = Idiom("attention_softcap", find, check_capped, records=True)
+SOFTCAP = Idiom("attention with a soft cap", find, check_capped, records=True)
 IDIOMS = (IDIOM, SOFTCAP)

@@ -250,4 +250,4 @@ def _draws(found: Roles, rate: float) -> dict[Node, Callable[[Tensor], Tensor]]:
     return draws
 
 
-IDIOM = Idiom("chunked_ssd", find, check)
+IDIOM = Idiom("chunked SSD", find, check)

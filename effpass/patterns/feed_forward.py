@@ -320,4 +320,4 @@ def _project(p: Projection, env: Mapping[Node, Tensor], x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight.t() if p.weight.flipped else weight, bias)
 
 
-IDIOM = Idiom("feed_forward", find, check, records=True)
+IDIOM = Idiom("feed-forward block", find, check, records=True)

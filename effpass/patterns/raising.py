@@ -27,6 +27,7 @@ from effpass.patterns import (
     cumulative,
     discretised,
     feed_forward,
+    scan_op,
     unrolled,
 )
 from effpass.patterns.proof import prove
@@ -37,6 +38,7 @@ IDIOMS: tuple[Idiom, ...] = (
     convolution.IDIOM,
     unrolled.IDIOM,
     associative.IDIOM,
+    scan_op.IDIOM,
     cumulative.IDIOM,
     chunked.IDIOM,
     discretised.IDIOM,

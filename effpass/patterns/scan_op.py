@@ -52,7 +52,7 @@ def check(node: Node) -> Proposal | None:
     )
 
 
-IDIOM = Idiom("associative_scan", find, check)
+IDIOM = Idiom("associative scan operator", find, check)
 
 
 def _operands(node: Node) -> tuple[GraphModule | None, list[Node], Sequence[Any]]:
