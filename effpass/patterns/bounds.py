@@ -6,15 +6,19 @@ import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from effpass.graph.region import constant
 from effpass.patterns.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, opname
 
 Values = frozenset[float]
+# by name: nodes would keep their graph alive
+_FIXED: WeakKeyDictionary[Graph, dict[str, Tensor | None]] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[Graph, dict[str, Values]] = WeakKeyDictionary()
 FARTHEST = 12
 MOST = 64
 
@@ -28,6 +32,14 @@ SUMS: dict[str, Callable[[float, float], float]] = {
 }
 
 
+def fixed_value(node: Node) -> Tensor | None:
+    """The value of a node that depends on no input; kept, since layers share their masks."""
+    known = _FIXED.setdefault(node.graph, {})
+    if node.name not in known:
+        known[node.name] = constant(node)
+    return known[node.name]
+
+
 def values(node: Any, depth: int = FARTHEST) -> Values | None:
     """All numbers that a node's elements may be; None where that is not known."""
     if isinstance(node, int | float):
@@ -36,9 +48,9 @@ def values(node: Any, depth: int = FARTHEST) -> Values | None:
         return None
     if node.meta["val"].dtype is torch.bool:
         return frozenset((0.0, 1.0))
-    fixed = constant(node, 1 << 22)
+    fixed = fixed_value(node)
     if fixed is not None:
-        return frozenset(fixed.double().unique().tolist()) if not fixed.is_complex() else None
+        return _held(node, fixed)
     found = _computed(node, opname(node), depth - 1)
     if found is None or len(found) > MOST:
         return None
@@ -80,6 +92,15 @@ def learned(node: Node) -> bool:
         seen.update(fresh)
         pending += fresh
     return False
+
+
+def _held(node: Node, fixed: Tensor) -> Values | None:
+    if fixed.is_complex():
+        return None
+    known = _HELD.setdefault(node.graph, {})
+    if node.name not in known:
+        known[node.name] = frozenset(fixed.double().unique().tolist())
+    return known[node.name]
 
 
 def _computed(node: Node, name: str, depth: int) -> Values | None:

@@ -9,21 +9,26 @@ so low that adding a score to it changes nothing). Rows of -inf alone are NaN, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from effpass.graph.region import constant
-from effpass.patterns.bounds import lowest, values
+from effpass.patterns.bounds import fixed_value, lowest, values
 from effpass.patterns.labels import Dims
 from effpass.patterns.proposal import Missed
 
 HIDES = -5e3  # a score this far below another has no weight: exp underflows
 SWALLOWS = -1e20  # adding a score to this changes nothing, not even in float64
 MODERATE = 1e3
+CLASH = (
+    "one mask is added and another overwrites scores with a moderate number: rows without any "
+    "visible key would change (-inf or finfo(dtype).min would do)"
+)
 
 
 @dataclass(frozen=True)
@@ -90,23 +95,34 @@ class Mask:
     plain: bool = False
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The bias that constants make, and where they overwrite."""
+class Place(Protocol):
+    """Brings a constant of the given dims into (batch, head, query, key)."""
 
-    total: Tensor
-    filled: Tensor
+    def __call__(self, value: Tensor, dims: Dims) -> Tensor:
+        """The constant, arranged; KeyError where it is broadcast over a size that changes."""
+        ...
 
-    @property
-    def visible(self) -> Tensor:
-        return (self.total > HIDES) & ~self.filled
+    def key(self, dims: Dims) -> Hashable:
+        """Equal where constants of these dims are arranged in the same way."""
+        ...
 
-    def is_causal(self) -> bool:
-        """Square, every key up to its query has bias 0, every later one is hidden."""
-        queries, keys = self.total.shape[-2:]
-        allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
-        clear = self.total.where(allowed, 0).count_nonzero() == 0
-        return queries == keys and bool(clear) and bool((self.visible == allowed).all())
+
+class _Known(NamedTuple):
+    """What the constant steps alone come to.
+
+    ``zero``: nothing at all. ``unseen``: some row has no visible key; ``mixed``: in such a row some
+    scores are overwritten, others are not. ``highest``: the largest bias of an overwritten score.
+    """
+
+    zero: bool
+    causal: bool
+    unseen: bool
+    mixed: bool
+    highest: float
+
+
+# by names of nodes, which would keep their graph alive
+_KNOWN: WeakKeyDictionary[Graph, dict[Hashable, _Known | None]] = WeakKeyDictionary()
 
 
 def operands(steps: Sequence[Step]) -> list[Operand]:
@@ -138,7 +154,7 @@ def bias(
         else:
             assert isinstance(step.value, Operand)
             value = arrange(step.value)
-            value = value if value.is_floating_point() else value.to(like.dtype)
+            value = value.to(torch.promote_types(value.dtype, like.dtype))
             value = value if step.factor == 1 else value * step.factor
             total = value if total is None else total + value
     return total, filled
@@ -149,34 +165,31 @@ def fits(value: float, dtype: torch.dtype) -> float:
     return value if math.isinf(value) else max(value, torch.finfo(dtype).min)
 
 
-def settle(
-    steps: Sequence[Step], arrange: Callable[[Tensor, Dims], Tensor], half: bool, at: Node
-) -> Mask:
+def settle(steps: Sequence[Step], place: Place, half: bool, at: Node) -> Mask:
     """Decides what can be known before running. Raises Missed where no bias gives the same.
 
-    ``arrange`` brings a constant of the given dims into (batch, head, query, key). ``half``: scores
-    are in float16, where no number is so low that it swallows a score.
+    ``half``: scores are in float16, where no number is so low that it swallows a score.
     """
     steps = [step for step in steps if not _idle(step, at)]
     _check_floors(steps, half, at)
     fixed = [step for step in steps if not isinstance(step, Floor) and _constant(step) is not None]
-    known = _known(fixed, arrange)
+    known = _known(fixed, place, at.graph) if fixed else None
     fixed = fixed if known is not None else []
-    if known is not None and len(fixed) == len(steps) and known.is_causal():
-        return Mask(causal=True)
+    certain = len(fixed) == len(steps)
+    if known is not None and certain and (known.causal or known.zero):
+        return Mask(causal=known.causal)
     _check_fills(steps, fixed, known, at)
     mild = [s.value for s in steps if isinstance(s, Filled) and _mild(s.value, half)]
-    if mild:
-        _check_sums(steps, max(mild), at)
+    if mild and (known.mixed if known is not None and certain else _clash(steps, max(mild))):
+        raise Missed(CLASH, at)
     low, least = _lowest(steps), torch.finfo(torch.float16 if half else torch.float32).min
     rests, empty = bool(mild), low < least
     if known is not None:
         others = [step for step in steps if step not in fixed]
         bounded = _lowest(others) >= least
-        unseen = bool((~known.visible).all(-1).any())
         dynamic = any(isinstance(step, Filled) for step in others)
-        rests = rests and (unseen or dynamic or not bounded)
-        empty = empty and (unseen or not bounded)
+        rests = rests and (known.unseen or dynamic or not bounded)
+        empty = empty and (known.unseen or not bounded)
     return Mask(tuple(steps), False, rests, empty, all(map(_plain, steps)))
 
 
@@ -189,22 +202,52 @@ def _mask(step: Filled, arrange: Arrange) -> Tensor:
 
 def _constant(step: Step) -> Tensor | None:
     held = operands((step,))
-    return constant(held[0].node) if held else None
+    return fixed_value(held[0].node) if held else None
 
 
-def _known(fixed: Sequence[Step], arrange: Callable[[Tensor, Dims], Tensor]) -> _Known | None:
+def _known(fixed: Sequence[Step], place: Place, graph: Graph) -> _Known | None:
+    cache = _KNOWN.setdefault(graph, {})
+    key = tuple((_name(step), place.key(o.dims)) for step in fixed for o in operands((step,)))
+    if key not in cache:
+        cache[key] = _evaluated(fixed, place)
+    return cache[key]
+
+
+def _name(step: Step) -> Hashable:
+    if isinstance(step, Filled):
+        return (step.mask.node.name, step.inverted, step.value)
+    assert isinstance(step, Added) and isinstance(step.value, Operand)
+    return (step.value.node.name, step.factor)
+
+
+def _evaluated(fixed: Sequence[Step], place: Place) -> _Known | None:
     def value(operand: Operand) -> Tensor:
-        found = constant(operand.node)
+        found = fixed_value(operand.node)
         assert found is not None
-        return arrange(found, operand.dims)
+        return place(found, operand.dims)
 
     try:
         total, filled = bias(fixed, value, torch.zeros(()))
-    except KeyError:  # it is broadcast over a size that changes
+    except KeyError:
         return None
-    if total is None:
-        return None
-    return _Known(total, torch.zeros((), dtype=torch.bool) if filled is None else filled)
+    assert total is not None
+    filled = torch.zeros((), dtype=torch.bool) if filled is None else filled
+    total, filled = torch.broadcast_tensors(total, filled)
+    visible, finite = (total > HIDES) & ~filled, total > -math.inf
+    unseen = ~visible.any(-1)
+    mixed = (filled & finite).any(-1) & (~filled & finite).any(-1) & unseen
+    highest = float(total[filled].max()) if filled.any() else -math.inf
+    zero = not bool(total.any()) and not bool(filled.any())
+    return _Known(zero, _causal(total, visible), bool(unseen.any()), bool(mixed.any()), highest)
+
+
+def _causal(total: Tensor, visible: Tensor) -> bool:
+    """Square, every key up to its query has bias 0, every later one is hidden."""
+    queries, keys = total.shape[-2:] if total.dim() > 1 else (0, 1)
+    if queries != keys:
+        return False
+    allowed = torch.ones(queries, keys, dtype=torch.bool).tril()
+    return bool((visible == allowed).all()) and not bool(total.where(allowed, 0).any())
 
 
 def _idle(step: Step, at: Node) -> bool:
@@ -238,29 +281,23 @@ def _check_fills(
 ) -> None:
     """A key that is overwritten must be without weight."""
     for step in steps:
-        if not isinstance(step, Filled):
-            continue
-        value = step.value
-        if known is not None and step in fixed:
-            shown = (known.total > HIDES) & known.filled
-            value = float(known.total[shown].max()) if shown.any() else -math.inf
-        if value > HIDES or math.isnan(value):
-            raise Missed(f"masked scores are set to {value:g}: such a key keeps some weight", at)
+        if isinstance(step, Filled):
+            value = known.highest if known is not None and step in fixed else step.value
+            if value > HIDES or math.isnan(value):
+                what = f"masked scores are set to {step.value:g}"
+                raise Missed(f"{what}: such a key keeps some weight", at)
 
 
-def _check_sums(steps: Sequence[Step], fill: float, at: Node) -> None:
-    """A mask that is added, next to one that overwrites with a number that does not swallow."""
+def _clash(steps: Sequence[Step], fill: float) -> bool:
+    """Whether a mask is added, next to one that overwrites with a number that does not swallow."""
     for step in steps:
         if not isinstance(step, Added) or not isinstance(step.value, Operand):
             continue
         held = values(step.value.node)
         scaled = [v * step.factor for v in held] if held else [_lowest((step,))]
         if not all((v == -math.inf and held) or v >= fill / 2 for v in scaled):
-            raise Missed(
-                f"one mask is added and one overwrites scores with {fill:g}: rows without any "
-                "visible key would change (-inf or finfo(dtype).min would do)",
-                at,
-            )
+            return True
+    return False
 
 
 def _mild(value: float, half: bool) -> bool:

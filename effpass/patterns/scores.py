@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effpass.graph.region import constant
+from effpass.patterns.bounds import fixed_value
 from effpass.patterns.contraction import Contraction, contraction, is_float
 from effpass.patterns.labels import Dim, Dims, Labels, aligned, argument, opname
 from effpass.patterns.masks import Added, Filled, Floor, Operand, Step
@@ -298,7 +298,7 @@ def number(value: Any) -> float | None:
         return None
     if isinstance(value, int | float):
         return float(value)
-    fixed = constant(value) if isinstance(value, Node) else None
+    fixed = fixed_value(value) if isinstance(value, Node) else None
     if fixed is None or not fixed.numel() or fixed.dtype.is_complex:
         return None
     return float(fixed.min()) if bool(fixed.min() == fixed.max()) else None
@@ -311,7 +311,7 @@ def dropout(node: Node) -> str | None:
 
 
 def _is_mask(node: Node) -> bool:
-    fixed = constant(node)
+    fixed = fixed_value(node)
     return fixed is not None and bool(((fixed == 0) | (fixed == 1)).all())
 
 

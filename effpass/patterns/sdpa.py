@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,9 @@ class Attention:
             assert empty is not None
             out = out.masked_fill(empty.all(-1, keepdim=True), torch.nan)
         out = out if self.weight == 1 else out * self.weight
+        dtype = env[self.value.node].dtype
+        if q.dtype != dtype and not torch.is_autocast_enabled(q.device.type):
+            out = out.to(dtype)  # values narrower than queries
         dims = (*self.groups.scores[:3], self.groups.value_channel)
         return (arrange(out, dims, self.labels.resolved(self.out), known).contiguous(),)
 
@@ -195,14 +198,21 @@ def group(
     )
 
 
-def known_arrange(labels: Labels, groups: Groups) -> Any:
+@dataclass(frozen=True)
+class Placing:
     """Brings constants into the dims of the scores; KeyError where a size changes."""
 
-    def place(value: Tensor, dims: Dims) -> Tensor:
-        resolved = labels.resolved(dims)
-        return arrange(value, resolved, groups.scores, sizes(labels, [(value, resolved)]))
+    labels: Labels
+    groups: Groups
 
-    return place
+    def __call__(self, value: Tensor, dims: Dims) -> Tensor:
+        """The constant as (batch, head, query, key)."""
+        held = self.labels.resolved(dims)
+        return arrange(value, held, self.groups.scores, sizes(self.labels, [(value, held)]))
+
+    def key(self, dims: Dims) -> Hashable:
+        """Equal where constants of these dims are arranged in the same way."""
+        return self.labels.resolved(dims), self.groups.scores, tuple(self.labels.sizes)
 
 
 def _extent(labels: Labels, label: int) -> float:
