@@ -196,6 +196,7 @@ def _pad(f: Follower, node: Node) -> Value:
 
 
 def padded(tokens: Tensor, dim: int, left: int, right: int) -> Tensor:
+    """Tokens with ZERO around them, or with less of them, along one dim."""
     after = (tokens.dim() - 1 - dim) * [0, 0]
     return torch.nn.functional.pad(tokens, [*after, left, right], value=ZERO)
 
