@@ -6,7 +6,7 @@ is h[t] = a[t] h[t-1] + b[t], since P[t] / P[k] is the product of a between them
 cumulative product, the exponential of a cumulative sum, or powers of a fixed decay; the whole may
 be written with logarithms (Heinsen 2023, arXiv 2311.06281; minGRU: Feng et al. 2024, arXiv
 2410.01201). The recurrence stays finite where P under- or overflows and these forms give
-infinities or NaN: there, and only there, it differs.
+infinities or NaN, or take the logarithm of a negative number: there, and only there, it differs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 def find(graph: Graph) -> Iterable[Node]:
     """Running sums of what holds a running product."""
+    reader = Reader(None)
     for node in graph.nodes:
-        if node.op == "call_function" and opname(node) in SUMS and floating(node):
-            if Reader(None).holds(node.args[0]):
-                yield node
+        if opname(node) in SUMS and floating(node) and reader.holds(node.args[0]):
+            yield node
 
 
 def check(node: Node) -> Proposal | None:
@@ -88,7 +88,7 @@ def _matched(node: Node, candidate: Node) -> Match:
     reader, dims = Reader(node), fresh(candidate)
     outer = reader.read(candidate, dims)
     own = [key for key in outer.powers if key.kind == "sum"]
-    if len(own) != 1 or outer.powers.pop(own[0]) != 1:
+    if len(own) != 1 or outer.powers.pop(own[0]) != 1 or not own[0].dims:
         raise Unreadable
     inner = _inner(reader, node, own[0].dims)
     outer, summed, dims = outer.settled(), resolved(own[0].dims), resolved(dims)
@@ -140,6 +140,8 @@ def _decays(inner: Monomial, outer: Monomial, time: Label) -> dict[Key, float]:
 
 def _check_running(key: Key, time: Label) -> None:
     """Raises unless the product runs along the time of the sum; a power, of something fixed."""
+    if key.inside is not None and (key.inside,) not in key.dims:
+        raise Unreadable
     fixed = key.kind in ("pow", "exppow")
     if key.time is time and not (fixed and time in key.labels):
         return

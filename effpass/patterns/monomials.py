@@ -9,7 +9,6 @@ in front. What holds none of them is left whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,14 +17,27 @@ from torch import Tensor
 from torch.fx import Node
 
 from effpass.patterns.algebra import RULES, VIEWS, Dims, Label, Product, resolved, shape
+from effpass.patterns.ramps import counted, is_ramp
 from effpass.patterns.shift_follow import arguments, is_zero, opname, written
 
 aten = torch.ops.aten
 DEEPEST = 12
+MOST_VISITS = 300
 PADS = ("pad", "constant_pad_nd")
-RAMPS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 SCALES = (aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor)
-WALKED = ("add", "sub", "rsub", "div", "reciprocal", "exp", "log", "pow", "slice")
+WALKED = (
+    "add",
+    "sub",
+    "rsub",
+    "div",
+    "reciprocal",
+    "exp",
+    "log",
+    "pow",
+    "slice",
+    "clamp",
+    "clamp_min",
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,12 @@ class Monomial:
         """Multiplies by one more power."""
         self.powers[key] = self.powers.get(key, 0.0) + power
 
+    def scale(self, number: float, power: float = 1.0) -> None:
+        """Multiplies by a power of a number. Raises Unreadable where it is none."""
+        if (number == 0 and power < 0) or (number < 0 and power != round(power)):
+            raise Unreadable
+        self.coefficient *= number**power
+
     def settled(self) -> Monomial:
         """The same with all labels resolved, and powers of 0 left out."""
         made = Monomial(self.coefficient, {}, self.start)
@@ -94,6 +112,7 @@ class Reader:
         self.target = target
         self.holding: dict[Node, bool] = {}
         self.inner: dict[tuple[Label, int], Label] = {}
+        self.visits = 0
 
     def read(self, node: Node, dims: Dims) -> Monomial:
         """The monomial of a node with these labels. Raises Unreadable."""
@@ -109,7 +128,7 @@ class Reader:
 
     def holds(self, node: Node, depth: int = DEEPEST) -> bool:
         """Whether a running product, or the target, is in it."""
-        if node is self.target or opname(node) in ("cumsum", "cumprod") or _ramp(node):
+        if node is self.target or opname(node) in ("cumsum", "cumprod") or is_ramp(node):
             return True
         if node not in self.holding:
             walked = opname(node) in (*WALKED, *PADS, "cat") or node.target in RULES
@@ -119,8 +138,14 @@ class Reader:
             self.holding[node] = any(self.holds(source, depth - 1) for source in sources)
         return self.holding[node]
 
+    def _visit(self) -> None:
+        self.visits += 1
+        if self.visits > MOST_VISITS:
+            raise Unreadable
+
     def _multiply(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
         """made *= node ** power"""
+        self._visit()
         name = opname(node)
         if node is self.target and name == "cumsum":
             made.times(Key("sum", node, dims), power)
@@ -145,7 +170,7 @@ class Reader:
             if isinstance(value, Node):
                 self._multiply(made, value, broadcast(value, dims), sign)
             else:
-                made.coefficient *= float(value) ** sign  # type: ignore[arg-type]
+                made.scale(_number(value), sign)
 
     def _product(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
         """Views and products; anything else, sums over labels included, is left whole."""
@@ -155,7 +180,7 @@ class Reader:
         if parts is None or product.summed:
             made.times(Key("tensor", node, dims), power)
             return
-        made.coefficient *= product.coefficient**power
+        made.scale(product.coefficient, power)
         for part, labels in parts:
             self._multiply(made, part, labels, power)
 
@@ -171,8 +196,8 @@ class Reader:
             return
         start, step, time = ramp
         if not isinstance(base, Node):
-            made.times(Key("pow", None, (), time, number=float(base)), step * power)  # type: ignore[arg-type]
-            made.coefficient *= float(base) ** (start * power)  # type: ignore[arg-type]
+            made.times(Key("pow", None, (), time, number=_number(base)), step * power)
+            made.scale(_number(base), start * power)
             return
         labels = broadcast(base, dims)
         made.times(Key("pow", base, labels, time), step * power)
@@ -203,6 +228,7 @@ class Reader:
 
     def _exponent(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
         """made *= exp(power * node)"""
+        self._visit()
         name = opname(node)
         if node is self.target and name == "logcumsumexp":
             made.times(Key("sum", node, dims), power)
@@ -210,7 +236,7 @@ class Reader:
             made.times(running, power)
         elif (ramp := self._ramp_of(node, dims)) is not None:
             made.times(Key("pow", None, (), ramp[2], number=math.e), ramp[1] * power)
-            made.coefficient *= math.exp(ramp[0] * power)
+            made.scale(math.exp(ramp[0]), power)
         elif not self.holds(node):
             made.times(Key("exp", node, dims), power)
         elif name == "log":
@@ -223,13 +249,13 @@ class Reader:
             self._scaled(made, node, dims, power)
 
     def _sum(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
-        scale = float(arguments(node).get("alpha", 1))
+        scale = _number(arguments(node).get("alpha", 1))
         sign = {"add": (1.0, scale), "sub": (1.0, -scale), "rsub": (-scale, 1.0)}[opname(node)]
         for value, factor in zip(node.args[:2], sign, strict=True):
             if isinstance(value, Node):
                 self._exponent(made, value, broadcast(value, dims), power * factor)
             else:
-                made.coefficient *= math.exp(power * factor * float(value))  # type: ignore[arg-type]
+                made.scale(math.exp(factor * _number(value)), power)
 
     def _scaled(self, made: Monomial, node: Node, dims: Dims, power: float) -> None:
         """Views, negation, products with numbers."""
@@ -247,7 +273,8 @@ class Reader:
             found = self._ramp_of(ramp, dims)
             if found is not None and isinstance(base, Node):
                 start, step, time = found
-                return Key("exppow", base, broadcast(base, dims), time), start, step
+                base, labels, scale = _unscaled(base, broadcast(base, dims))
+                return Key("exppow", base, labels, time), start * scale, step * scale
         return None
 
     def _decay(self, made: Monomial, ramped: tuple[Key, float, float], power: float) -> None:
@@ -258,12 +285,12 @@ class Reader:
 
     def _ramp_of(self, value: Any, dims: Dims) -> tuple[float, float, Label] | None:
         """First value, step and label of a tensor that counts tokens."""
-        if not isinstance(value, Node) or not _ramp(value):
+        if not isinstance(value, Node) or not is_ramp(value):
             return None
         labels = [label for dim in broadcast(value, dims) for label in dim]
         if len(labels) != 1:
             return None
-        start, step = _counted(value)
+        start, step = counted(value)
         return start, step, labels[0]
 
     def _running(self, node: Node, dims: Dims, kind: str) -> Key | None:
@@ -277,6 +304,8 @@ class Reader:
         if opname(source) != ("cumprod" if kind == "prod" else "cumsum") or source is self.target:
             return None
         given = arguments(source)
+        if not dims:
+            return None
         dim = given["dim"] % len(dims)
         if along not in (None, dim) or len(dims[dim]) != 1:
             return None
@@ -293,8 +322,8 @@ def rooted(key: Key) -> Key:
     node, dims = key.node, key.dims
     while node is not None and node.target in VIEWS:
         parts = VIEWS[node.target](node, resolved(dims), Product())
-        if parts is None:
-            return key
+        if parts is None or any(len(dim) > 1 for dim in parts[0][1]):
+            return replace(key, node=node, dims=dims)
         node, dims = parts[0]
     if node is not None and key.kind == "expsum" and node.target is aten.log.default:
         return rooted(replace(key, kind="prod", node=_first(node), dims=dims))
@@ -303,11 +332,31 @@ def rooted(key: Key) -> Key:
     return replace(key, node=node, dims=dims)
 
 
+def _unscaled(node: Node, dims: Dims) -> tuple[Node, Dims, float]:
+    """What is behind views, signs and numbers that multiply, and their product."""
+    scale = 1.0
+    while (rule := RULES.get(node.target)) is not None:
+        product = Product()
+        parts = rule(node, resolved(dims), product)
+        if parts is None or len(parts) != 1 or product.summed:
+            break
+        (node, dims), scale = parts[0], scale * product.coefficient
+    return node, dims, scale
+
+
 def broadcast(node: Node, dims: Dims) -> Dims:
-    """Labels of an operand that broadcasts to ``dims``."""
+    """Labels of an operand that broadcasts to ``dims``. Raises Unreadable for a size."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        raise Unreadable
     sizes = shape(node)
     own = dims[len(dims) - len(sizes) :] if sizes else ()
     return tuple(() if s == 1 else d for s, d in zip(sizes, own, strict=True))
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise Unreadable
+    return float(value)
 
 
 def _first(node: Node) -> Node:
@@ -341,44 +390,6 @@ def padded(node: Node, fill: float) -> tuple[Node, int, int] | None:
 
 def _is_one(node: Node) -> bool:
     return opname(node) in ("ones", "ones_like", "new_ones") and not written(node)
-
-
-COUNTS: Mapping[str, Callable[[tuple[float, float], float], tuple[float, float]]] = {
-    "add": lambda line, n: (line[0] + n, line[1]),
-    "sub": lambda line, n: (line[0] - n, line[1]),
-    "rsub": lambda line, n: (n - line[0], -line[1]),
-    "mul": lambda line, n: (line[0] * n, line[1] * n),
-    "div": lambda line, n: (line[0] / n, line[1] / n),
-}
-PASSED = ("to", "_to_copy", "view", "reshape", "unsqueeze", "expand", "neg", "clone")
-
-
-def _ramp(node: Node) -> bool:
-    """Whether a tensor counts 0, 1, 2, ..., perhaps scaled and from elsewhere."""
-    while node.target not in RAMPS:
-        one = len(node.all_input_nodes) == 1 and node.args and isinstance(node.args[0], Node)
-        if not one or opname(node) not in (*COUNTS, *PASSED):
-            return False
-        if opname(node) in COUNTS and not isinstance(node.args[1], int | float):
-            return False
-        node = _first(node)
-    given = arguments(node)
-    return all(isinstance(given.get(name, 0), int | float) for name in ("start", "step"))
-
-
-def _counted(node: Node) -> tuple[float, float]:
-    """First value and step."""
-    if node.target in RAMPS:
-        given = arguments(node)
-        return float(given.get("start", 0)), float(given.get("step", 1))
-    line = _counted(_first(node))
-    if opname(node) == "neg":
-        return -line[0], -line[1]
-    if opname(node) in COUNTS:
-        scale = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-        number = float(node.args[1])  # type: ignore[arg-type]
-        return COUNTS[opname(node)](line, number * scale)
-    return line
 
 
 def floating(node: Node) -> bool:
