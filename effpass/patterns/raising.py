@@ -47,6 +47,9 @@ IDIOMS: tuple[Idiom, ...] = (
 )
 
 
+PASSES = 4  # of one idiom over a graph
+
+
 @dataclass
 class Raising:
     """What became of one graph: records of what was raised, and of the nearest misses."""
@@ -112,7 +115,7 @@ def _copied(graph: Graph) -> Graph:
 def _apply(idiom: Idiom, body: GraphModule, outcome: Raising) -> None:
     """Until nothing more is found: what was raised may have uncovered more."""
     missed: set[Node] = set()
-    while True:
+    for _ in range(PASSES):
         count = len(outcome.raised)
         for node in _anchors(idiom, body, outcome):
             if not node._erased and node not in missed and not _try(idiom, node, body, outcome):
