@@ -41,10 +41,10 @@ def check(node: Node) -> Proposal | None:
         for leaves in readings(combine):
             if leaves in tried:  # from another first combine of the same tree
                 return None
-            tried.add(leaves)
             sight, state = followed(leaves)
             if state is not None:
                 return _proposal(leaves, state, sight)
+            tried.add(leaves)
             begun.append((leaves, sight))
     explain(node, begun)
     return None

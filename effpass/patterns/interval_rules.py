@@ -181,9 +181,7 @@ def _narrow(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     value = sight.of(given["self"], node)
     if value is None or not isinstance(start, int) or not isinstance(length, int):
         return None
-    return along(
-        value, _place(given["dim"], value), lambda codes: codes.narrow(0, start, length)
-    )
+    return along(value, _place(given["dim"], value), lambda codes: codes.narrow(0, start, length))
 
 
 def _select(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
