@@ -243,7 +243,7 @@ def _widened(value: Any) -> Any:
 
 
 def _doubled(value: Any) -> Any:
-    return torch.float64 if value in HALVES and isinstance(value, torch.dtype) else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in HALVES else value
 
 
 def _type(node: Node) -> Any:
