@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,55 +18,54 @@ from torch.fx import Graph, Node
 
 from effpass.patterns import multilinear_views as views
 from effpass.patterns.factors import Unreadable
-from effpass.patterns.growth import Growth, grow
-from effpass.patterns.log_decay import is_layout, log_decay
-from effpass.patterns.multilinear import Reader, Term, opname
+from effpass.patterns.growth import MULTIPLIED, Growth, grow
+from effpass.patterns.log_decay import cumulative_sum, is_layout, log_decay
+from effpass.patterns.multilinear import SHAPED, Reader, Term, is_size, opname
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 from effpass.patterns.ssd_call import Call
 from effpass.patterns.ssd_roles import TIME, Axes, Naming, Roles, flat, length, main_term, roles
 
-# what was looked at in a graph: results of scans, and log decays that lead to nothing
-_tried: WeakKeyDictionary[Graph, set[Node]] = WeakKeyDictionary()
 TOTAL_DECAY = 6.0  # drawn inputs decay to exp(-6) or so from the first token to the last
 
 
 def find(graph: Graph) -> Iterable[Node]:
-    """The ``exp`` nodes of each log decay that is summed over tokens: one of each, then others."""
-    _tried[graph] = set()
-    seen: dict[tuple[Node, ...], list[Node]] = {}
+    """One ``exp`` of each log decay that is summed over tokens."""
+    known: dict[Node, tuple[Node, ...]] = {}
+    seen: set[tuple[Node, ...]] = set()
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default):
-        decay = log_decay(node)
-        if decay is not None:
-            seen.setdefault(decay.tensors, []).append(node)
-    return [node for nodes in seen.values() for node in nodes]
+        total = cumulative_sum(node)
+        if total is None:
+            continue
+        if total not in known:
+            decay = log_decay(node)
+            known[total] = () if decay is None else decay.tensors
+        if known[total] and known[total] not in seen:
+            seen.add(known[total])
+            yield node
 
 
 def check(node: Node) -> Proposal | None:
-    """The scan that is computed with the decay ``node``: the last that was not looked at yet."""
-    tried, decay = _tried.setdefault(node.graph, set()), log_decay(node)
-    if decay is None or decay.tensors[0] in tried:
+    """The last scan that is computed with the log decay under ``node``."""
+    decay = log_decay(node)
+    if decay is None:
         return None
     growth = grow(decay)
     results = [n for n, v in growth.grown.items() if main_term(growth, v) and not is_layout(n)]
-    results = [n for n in results if n not in tried]
-    tried.add(decay.tensors[0])
-    first: tuple[str, Node] | None = None
+    first: Missed | None = None
     for result in reversed(results):
         try:
-            proposal = _proposal(growth, result)
+            return _proposal(growth, result)
         except Unreadable as error:
-            first = first or (str(error), result)
-            continue
-        tried.remove(decay.tensors[0])  # there may be another scan with the same decay
-        tried.update(_behind(growth, [result]))
-        return proposal
-    if not growth.pairs:
-        return None
-    if first is not None:
-        raise Missed(*first)
-    for cause, reason in growth.broken.values():
-        if reason.endswith("is applied"):
-            raise Missed(f"{reason} to what a decay between tokens is multiplied with", cause)
+            first = first or Missed(str(error), result)
+        except Missed as miss:
+            first = miss
+            break
+    causes = [(n, reason) for n, reason in growth.broken.values() if MULTIPLIED not in reason]
+    if first is None and causes:
+        node, reason = causes[0]
+        first = Missed(f"to what a decay between two tokens is multiplied with, {reason}", node)
+    if first is not None and growth.pairs:  # else another recurrence
+        raise first
     return None
 
 
@@ -83,6 +81,7 @@ def _proposal(growth: Growth, result: Node) -> Proposal:
         reader.value(node)
     _refuse_rounding(reader, result)
     found = roles(growth, reader, result)
+    _refuse_changing_sizes(found, result)
     naming = Naming(reader)
     axes = {node: naming.dims(reader.value(node).dims) for node in chain}
     y = _most_like_y(axes, found)
@@ -162,6 +161,28 @@ def _refuse_rounding(reader: Reader, result: Node) -> None:
             raise Missed(
                 f"inside the chunked scan, values of a {kept} sum are rounded to {dtype}", node
             )
+
+
+def _refuse_changing_sizes(found: Roles, result: Node) -> None:
+    """The proof holds for sizes as they are: only the batch may change, and no mask with it."""
+    for name, node in found.nodes.items():
+        for size, dim in zip(node.meta["val"].shape, found.axes[name], strict=True):
+            if isinstance(size, int):
+                continue
+            if [axis for axis, _ in dim] != list(found.batch):
+                what = "length" if (TIME, size.node.hint) in dim else "size"
+                raise Missed(f"the {what} of {name} changes from call to call", node)
+    pending, seen = [result], set(found.nodes.values())
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        pending += node.all_input_nodes
+        changing = any(is_size(n) for n in node.all_input_nodes)
+        if changing and not is_layout(node) and opname(node) not in SHAPED:
+            if opname(node):
+                raise Missed(f"{node.name} depends on a size that changes", node)
 
 
 def _moved(growth: Growth, result: Node) -> list[Node]:

@@ -82,7 +82,7 @@ def of_shape(shape: Sequence[int]) -> Dims:
 
 def count(dim: Dim) -> int:
     """The size of a dim."""
-    return math.prod(factor.size for factor in dim)
+    return dim[0].size if len(dim) == 1 else math.prod(factor.size for factor in dim)
 
 
 def sources(dim: Dim) -> frozenset[Key]:
@@ -151,9 +151,7 @@ def broadcast(operands: Sequence[Dims], classes: Classes) -> Dims:
 
 def _laid_over(a: Dim, b: Dim, classes: Classes) -> Iterator[Factor]:
     left, right = list(a), list(b)
-    if count(a) != count(b):
-        raise Unreadable(f"{count(a)} indices along {count(b)}")
-    while left:
+    while left and right:
         first, second = left.pop(0), right.pop(0)
         if first.size > second.size:
             first, rest = split(first, first.size // second.size)
@@ -161,8 +159,8 @@ def _laid_over(a: Dim, b: Dim, classes: Classes) -> Iterator[Factor]:
         elif second.size > first.size:
             second, rest = split(second, second.size // first.size)
             right.insert(0, rest)
-        if first.size != second.size:
-            raise Unreadable(f"{first.size} indices along {second.size}")
         both = first.sources | second.sources
         classes.join(both)
         yield Factor(first.size, both)
+    if left or right:
+        raise Unreadable(f"{count(a)} indices along {count(b)}")

@@ -28,6 +28,7 @@ from effpass.patterns.multilinear import Reader, Term, Value, data, opname
 
 SEVERAL = (*views.PIECES, "unbind")  # operations with several results
 LARGEST_TERM = 3
+MULTIPLIED = "are multiplied"
 ROUNDS = 24
 
 
@@ -163,7 +164,7 @@ def _try(growth: Growth, reader: Reader, node: Node) -> bool:
         for term in map(growth.without_decay, value.terms):
             if len(term) > LARGEST_TERM:
                 names = ", ".join(reader.tensors[i].name for i in sorted(term))
-                raise Unreadable(f"{names} are multiplied")
+                raise Unreadable(f"{names} {MULTIPLIED}")
     except Unreadable as error:
         growth.inside.discard(node)
         reader.forget(node)

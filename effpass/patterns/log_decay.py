@@ -158,14 +158,19 @@ def _follows(node: Node, opened: set[Node]) -> bool:
 
 
 def is_summed(node: Node) -> bool:
-    """Whether a node is a cumulative sum seen through views, masks and differences."""
+    """Whether a node is a cumulative sum seen through views, masks, differences and products."""
+    return opname(node) == "cumsum" or cumulative_sum(node) is not None
+
+
+def cumulative_sum(node: Node) -> Node | None:
+    """The cumulative sum that the operand of a node is made of, if any."""
     for _ in range(16):
-        if opname(node) == "cumsum":
-            return True
-        if opname(node) not in RULES or opname(node) == "exp":
-            return False
         before = data(node)
         if not before:
-            return False
+            return None
         node = before[0]
-    return False
+        if opname(node) == "cumsum":
+            return node
+        if opname(node) not in RULES or opname(node) == "exp":
+            return None
+    return None

@@ -8,14 +8,16 @@ What it can read is analytic in every tensor: masks are constants, nothing compa
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from effpass.patterns import factors
 from effpass.patterns.factors import Classes, Dims, Factor, Key, Unreadable
@@ -137,9 +139,14 @@ def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a node by name, defaults filled in."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        return dict(enumerate(node.args))  # type: ignore[arg-type]
-    given = {a.name: node.kwargs.get(a.name, a.default_value) for a in schema.arguments}
-    return given | {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
+        return {}
+    names = _defaults(schema)
+    return dict(names) | node.kwargs | dict(zip((n for n, _ in names), node.args, strict=False))
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(schema: torch.FunctionSchema) -> tuple[tuple[str, Any], ...]:
+    return tuple((a.name, a.default_value) for a in schema.arguments)
 
 
 def sizes(node: Node) -> list[int]:
@@ -156,6 +163,8 @@ FULLS = ("full", "full_like", "new_full")
 SHAPED = (*ZEROS, *FULLS, "ones", "ones_like", "new_ones")
 
 
+# by name: an entry lives as long as its graph
+_constants: WeakKeyDictionary[Graph, dict[str, bool]] = WeakKeyDictionary()
 KEEPS_ZEROS = (
     *("mul", "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "to", "clone"),
     *("contiguous", "transpose", "permute", "select", "slice"),
@@ -175,19 +184,28 @@ def is_zero(node: Any) -> bool:
 
 def is_constant(node: Node) -> bool:
     """Whether a node reads no data (masks of ones, triangles, comparisons of positions)."""
+    known = _constants.setdefault(node.graph, {})
+    if node.name not in known:
+        known[node.name] = isinstance(node.meta.get("val"), Tensor) and _reads_nothing(node, known)
+    return known[node.name]
+
+
+def _reads_nothing(node: Node, known: dict[str, bool]) -> bool:
     pending, seen = [node], set()
     while pending:
         each = pending.pop()
+        if known.get(each.name) is False:
+            return False
         if each in seen or opname(each) in SHAPED or each.op == "get_attr" or is_size(each):
             continue
         seeded = torch.Tag.nondeterministic_seeded in getattr(each.target, "tags", ())
-        if not opname(each) or seeded:
+        if not opname(each) or seeded or len(seen) > 100:
             return False
-        if len(seen) > 100 or (not each.all_input_nodes and opname(each) not in CONSTANT):
+        if not each.all_input_nodes and opname(each) not in CONSTANT:
             return False
         seen.add(each)
         pending += each.all_input_nodes
-    return isinstance(node.meta.get("val"), Tensor)
+    return True
 
 
 def is_size(node: Node) -> bool:
