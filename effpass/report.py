@@ -13,8 +13,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-# raised to an op of torch's own or only recorded: no node of effpass stands for them
-REGIONS = frozenset(("sdpa", "ffn", "attention_softcap"))
+# the ops that stand in graphs as nodes; whatever else is raised is torch's own, or only recorded
+NODES = frozenset(("selective_scan", "ssd_scan", "linear_recurrence", "causal_conv1d"))
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Report:
 
         Ops of effpass are counted as nodes, ``"sdpa"`` and ``"ffn"`` as regions that were raised.
         """
-        records = self.raised if op in REGIONS else self.chosen
+        records = self.chosen if op in NODES else self.raised
         return sum(record.op == op for record in records)
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -277,19 +277,19 @@ def _found(ops: Counter[str], raised: Sequence[Raised]) -> tuple[Found, ...]:
 
     Where fewer of an op are left than were raised, a later idiom took them into its own.
     """
-    taken = Counter(r.op for r in raised if r.op not in REGIONS) - ops
+    taken = Counter(r.op for r in raised if r.op in NODES) - ops
     chains: list[tuple[str, tuple[str, ...]]] = []
     for record in raised:
         inside = [c for c in chains if taken[c[0]] and c[0] != record.op]
         earlier: tuple[str, ...] = ()
-        if inside and record.op not in REGIONS:
+        if inside and record.op in NODES:
             chains.remove(inside[0])
             op, earlier = inside[0]
             taken[op] -= 1
         chains.append((record.op, (*earlier, record.idiom)))
-    left = ops - Counter(op for op, _ in chains if op not in REGIONS)
+    left = ops - Counter(op for op, _ in chains if op in NODES)
     plain: list[tuple[str, tuple[str, ...]]] = [(op, ()) for op in left.elements()]
-    counted = Counter(plain + sorted(chains, key=lambda chain: chain[0] in REGIONS))
+    counted = Counter(plain + sorted(chains, key=lambda chain: chain[0] not in NODES))
     return tuple(Found(op, idioms, count) for (op, idioms), count in counted.items())
 
 

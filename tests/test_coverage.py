@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effpass
+from effpass.ops import OPS
 from effpass.report import (
+    NODES,
     Called,
     Chosen,
     Coverage,
@@ -75,6 +77,10 @@ def miss(where: str, reason: str = "padding 1") -> Miss:
 
 def found(graph: GraphReport) -> list[str]:
     return [str(each) for row in graph.coverage for each in row.found]
+
+
+def test_ops_of_effpass_are_counted_as_nodes() -> None:
+    assert set(OPS) == NODES
 
 
 def test_layers_alike_are_one_row() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from effpass.report import REGIONS
+from effpass.ops import OPS
 from tests.patterns import misses
 from tests.patterns.cases import (
     ASSOCIATIVE,
@@ -48,7 +48,9 @@ Model = Spelling | NearMiss
 
 def params(models: list[Any]) -> list[Any]:
     """The models as parameters; those that torch traces slowly are marked."""
-    return [pytest.param(m, marks=SLOW if m.name in ASSOCIATIVE else (), id=named(m)) for m in models]
+    return [
+        pytest.param(m, marks=SLOW if m.name in ASSOCIATIVE else (), id=named(m)) for m in models
+    ]
 
 
 def compared(model: Model, length: int, dtype: torch.dtype = torch.float32) -> Raiser:
@@ -79,7 +81,7 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def found(raiser: Raiser, op: str) -> int:
-    return raiser.count(op) if op in REGIONS else raiser.nodes(op)
+    return raiser.nodes(op) if op in OPS else raiser.count(op)
 
 
 def check_ops(raiser: Raiser, spelling: Spelling, graphs: int = 1) -> None:
