@@ -55,7 +55,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     CaptureError when the graph holds what cannot be traced.
     """
     mode = _fake_mode()
-    return _capture(gm, [_fake(value, mode) for value in example_inputs], mode)
+    traced = _capture(gm, [_fake(value, mode) for value in example_inputs], mode)
+    for node, value in zip(_placeholders(traced), example_inputs, strict=True):
+        node.meta["effpass_parameter"] = isinstance(value, torch.nn.Parameter)
+    return traced
 
 
 def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphModule:
@@ -94,7 +97,10 @@ def _body(gm: GraphModule, regions: list[Node], mode: FakeTensorMode) -> GraphMo
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         for region in regions:
             stack.enter_context(_region(region))
-        return _capture(gm, [_like(_example(n), mode) for n in _placeholders(gm)], mode)
+        with mode:
+            unread = torch.empty(0)
+        inputs = [_like(_example(n), mode) if n.users else unread for n in _placeholders(gm)]
+        return _capture(gm, inputs, mode)
 
 
 class _Recorder(Interpreter):

@@ -19,7 +19,8 @@ from effpass.graph.emit import same_sizes
 from effpass.patterns.bounds import fixed_value
 from effpass.patterns.contraction import contraction, is_float
 from effpass.patterns.labels import Dim, Dims, Labels, argument, opname
-from effpass.patterns.masks import Operand, operands, settle
+from effpass.patterns.mask_facts import Setting, settle
+from effpass.patterns.masks import Operand, operands
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 from effpass.patterns.scores import CASTS, Reader, Scores, dropout, number
 from effpass.patterns.sdpa import Attention, Placing, group
@@ -130,6 +131,9 @@ def _assemble(
     node = soft.weights
     value, weight = _peeled(labels, result.value, None)
     dtype = value.node.meta["val"].dtype
+    for step in result.path[:-1]:
+        if torch.promote_types(_dtype(step), dtype) != _dtype(step):
+            raise Missed(f"the attention weights are rounded to {_dtype(step)}", step)
     query, first = _peeled(labels, scores.query, dtype)
     key, second = _peeled(labels, scores.key, dtype)
     steps = scores.steps
@@ -139,7 +143,7 @@ def _assemble(
         groups = group(labels, dims, keys, vectors, biases, spread)
         if groups is None:
             raise Missed("queries and keys share more than their channels", node)
-        mask = settle(steps, Placing(labels, groups), _in_float16(query, scores), node)
+        mask = settle(steps, Placing(labels, groups), _setting(query, scores, soft), node)
         # only the CPU's fused kernel takes both a mask and grouped queries
         if not mask.steps or value.node.meta["val"].device.type == "cpu":
             break
@@ -160,9 +164,10 @@ def _assemble(
     return attention, last
 
 
-def _in_float16(query: Operand, scores: Scores) -> bool:
-    product = scores.path[0].meta["val"].dtype
-    return torch.float16 in (query.node.meta["val"].dtype, product)
+def _setting(query: Operand, scores: Scores, soft: Softmax) -> Setting:
+    dtypes = _dtype(query.node), _dtype(scores.path[0])
+    product = torch.float16 if torch.float16 in dtypes else dtypes[1]
+    return Setting(product, _dtype(soft.scores), torch.is_grad_enabled())
 
 
 def _follow(labels: Labels, node: Node, dims: Dims, keys: Dim) -> _Result | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.region import constant
-from effpass.patterns.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, opname
+from effpass.patterns.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, argument, opname
 
 Values = frozenset[float]
 # by name: nodes would keep their graph alive
@@ -65,17 +65,21 @@ def lowest(node: Node, factor: float = 1.0) -> float:
     held = values(node)
     if held is not None:
         return min((value * factor for value in held), default=0.0)
-    name = opname(node)
-    if name in PICKS or name in CASTS:
-        return lowest(node.args[0], factor)  # type: ignore[arg-type]
-    if name in ("add", "sub") and len(node.args) == 2 and not node.kwargs:
-        signs = (factor, -factor if name == "sub" else factor)
-        parts = zip(node.args, signs, strict=True)
-        return sum(
-            lowest(part, sign) if isinstance(part, Node) else float(part) * sign  # type: ignore[arg-type]
-            for part, sign in parts
-        )
+    parts = terms(node, factor)
+    if parts != [(node, factor)]:
+        return sum(lowest(part, sign) for part, sign in parts)
     return 0.0 if learned(node) else -math.inf
+
+
+def terms(node: Node, factor: float = 1.0) -> list[tuple[Node, float]]:
+    """Tensors, with factors, whose sum the elements of a node are, rearranged."""
+    name, operands = opname(node), [argument(node, i) for i in range(2)]
+    if name in PICKS or name in CASTS:
+        return terms(operands[0], factor)
+    if name not in ("add", "sub") or node.kwargs or not all(isinstance(o, Node) for o in operands):
+        return [(node, factor)]
+    sign = -factor if name == "sub" else factor
+    return [*terms(operands[0], factor), *terms(operands[1], sign)]
 
 
 def learned(node: Node) -> bool:
@@ -83,10 +87,7 @@ def learned(node: Node) -> bool:
     seen, pending = {node}, [node]
     while pending and len(seen) < MOST:
         each = pending.pop(0)
-        value = each.meta.get("val")
-        if each.op in ("placeholder", "get_attr") and isinstance(value, torch.nn.Parameter):
-            return True
-        if isinstance(value, Tensor) and value.requires_grad:
+        if each.meta.get("effpass_parameter"):
             return True
         fresh = [n for n in each.all_input_nodes if n not in seen]
         seen.update(fresh)

@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from effpass.patterns.labels import Dim, Dims, Labels, expression, single
 from effpass.patterns.layout import arrange, sizes
-from effpass.patterns.masks import Mask, Operand, bias, operands
+from effpass.patterns.mask_facts import Mask, lost
+from effpass.patterns.masks import Operand, Step, bias, operands
 from effpass.patterns.proposal import Missed
 from effpass.patterns.scores import Multiplier
 
@@ -72,12 +73,18 @@ class Attention:
             self.labels, [(env[o.node], self.labels.resolved(o.dims)) for o in self.operands()]
         )
         q, k, v = self._vectors(env, known)
-        added, filled = self._bias(env, known, q)
+        added, filled = self._bias(self.mask.steps, env, known, q)
         empty = None if added is None else added == -torch.inf
+        rests = None
         if self.mask.rests:
-            assert filled is not None and empty is not None
-            q = q.masked_fill((filled | empty).all(-1, keepdim=True), 0.0)
-        out = self._attend(q, k, v, None if added is None else self._fit(added, q))
+            assert added is not None
+            rests, added = _rested(q, added, filled)
+        added = None if added is None else self._fit(added, q)
+        if rests is not None and self.mask.swallowed:
+            out = self._swallowed(q, k, v, added, rests, env, known)
+        else:
+            q = q if rests is None else q.masked_fill(rests, 0.0)
+            out = self._attend(q, k, v, added)
         if self.mask.empty:
             assert empty is not None
             out = out.masked_fill(empty.all(-1, keepdim=True), torch.nan)
@@ -116,13 +123,59 @@ class Attention:
         return q, k, v
 
     def _bias(
-        self, env: Env, known: Mapping[int, Any], like: Tensor
+        self, steps: tuple[Step, ...], env: Env, known: Mapping[int, Any], like: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         def place(operand: Operand) -> Tensor:
             dims = self.labels.resolved(operand.dims)
             return arrange(env[operand.node], dims, self.groups.scores, known)
 
-        return bias(self.mask.steps, place, like)
+        return bias(steps, place, like)
+
+    def _swallowed(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        added: Tensor | None,
+        rests: Tensor,
+        env: Env,
+        known: Mapping[int, Any],
+    ) -> Tensor:
+        """Queries that rest keep their gradient, and give keys theirs: eager's dtypes lost scores
+        beside a low bias, its gradients did not."""
+        out = self._attend(torch.where(rests, q - q.detach(), q), k, v, added)
+        rows, values = torch.where(rests, q.detach(), 0.0), v.detach()
+        if self.mask.weighing is None:
+            return out + self._by_row(rows, k, values, added, rests)
+        total, _ = self._bias(self.mask.weighing, env, known, k)
+        if total is None:
+            weights = k.new_full((1, 1, 1, 1), 1.0) / k.shape[2]
+        else:
+            weights = total.softmax(-1).to(k.dtype).transpose(-1, -2)
+        return out + self._by_keys(rows, k, values, out.detach(), weights)
+
+    def _by_keys(
+        self, rows: Tensor, k: Tensor, values: Tensor, out: Tensor, weights: Tensor
+    ) -> Tensor:
+        """0, with the gradient of keys where all rows weigh them alike (batch, head, key, 1).
+
+        It is ``sum_j weights_j (rows . dk_j) (values_j - out)``, ``dk`` of value 0 and the gradient
+        of ``k``.
+        """
+        k = (k - k.detach()) * (self.scale if self.scale > 0 else 1.0)
+        if self.groups.head != self.groups.key_head:
+            k, values = (x.repeat_interleave(rows.shape[1] // x.shape[1], 1) for x in (k, values))
+        weighted = weights * k
+        pairs = weighted.transpose(-1, -2) @ values
+        return rows @ pairs - (rows * weighted.sum(-2, keepdim=True)).sum(-1, keepdim=True) * out
+
+    def _by_row(
+        self, rows: Tensor, k: Tensor, values: Tensor, added: Tensor | None, rests: Tensor
+    ) -> Tensor:
+        """0, with the gradient of keys, by a second attention in which scores are made small."""
+        tiny = 2.0**-10 if rows.dtype is torch.float16 else 2.0**-20
+        out = self._attend(rows * tiny, k, values, None if added is None else added.detach())
+        return torch.where(rests, (out - out.detach()) / tiny, 0.0)
 
     def _fit(self, added: Tensor, q: Tensor) -> Tensor:
         """The bias in a dtype that the op takes, its lowest numbers kept apart from -inf."""
@@ -155,6 +208,16 @@ class Attention:
             scores = scores.masked_fill(later, -torch.inf)
         scores = scores if added is None else scores + added
         return scores.softmax(-1) @ v
+
+
+def _rested(q: Tensor, added: Tensor, filled: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which rows have no visible key, and a bias whose highest number is 0 in those."""
+    highest = added.detach().amax(-1, keepdim=True)
+    rests = highest <= lost(torch.promote_types(q.dtype, added.dtype))
+    if filled is not None:
+        rests = rests | (filled | (added == -torch.inf)).all(-1, keepdim=True)
+    shift = highest.masked_fill(~rests | (highest == -torch.inf), 0.0)
+    return rests, added - shift
 
 
 def group(
@@ -213,6 +276,11 @@ class Placing:
     def key(self, dims: Dims) -> Hashable:
         """Equal where constants of these dims are arranged in the same way."""
         return self.labels.resolved(dims), self.groups.scores, tuple(self.labels.sizes)
+
+    def varies(self, dims: Dims) -> bool:
+        """Whether what has these dims differs from query to query."""
+        held = self.labels.resolve(label for dim in dims for label in dim)
+        return not set(self.groups.query).isdisjoint(held)
 
 
 def _extent(labels: Labels, label: int) -> float:
