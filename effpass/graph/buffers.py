@@ -24,6 +24,9 @@ from effpass.graph.storages import Storages, removable
 from effpass.graph.writes import writes
 
 aten = torch.ops.aten
+# a view where they can, else a copy
+LAZY = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "to", "type_as", "einsum")
+# what writes, and what reads, a piece
 SCATTERS = {
     aten.select_scatter.default: aten.select.int,
     aten.slice_scatter.default: aten.slice.Tensor,
@@ -34,8 +37,8 @@ def tidy(gm: GraphModule, mode: FakeTensorMode) -> int:
     """Rewrites one graph; answers how many reads and buffers were replaced."""
     if not any(node.target in SCATTERS for node in gm.graph.nodes):
         return 0
-    emit = Emitter(gm.graph, mode)
-    count = read_back(gm, emit) + joined(gm, emit)
+    found, emit = Storages(gm), Emitter(gm.graph, mode)
+    count = read_back(gm, found, emit) + joined(gm, found, emit)
     bases = {n.args[0] for n in gm.graph.nodes if n.target in SCATTERS}
     for node in reversed(list(gm.graph.nodes)):
         if not node.users and (node in bases or node.target in SCATTERS) and removable(node):
@@ -106,9 +109,8 @@ class _Chain:
         return nodes[place - 1] if place else None
 
 
-def read_back(gm: GraphModule, emit: Emitter) -> int:
+def read_back(gm: GraphModule, found: Storages, emit: Emitter) -> int:
     """Reads of single indices of a chain read what was written there, or the chain's base."""
-    found = Storages(gm)
     if any(s.writes and s.base.op == "call_function" for s in found):
         return 0  # a read that was a copy, say by reshape, could become a view of written memory
     chains: dict[Node, tuple[_Chain, int]] = {}
@@ -128,15 +130,16 @@ def read_back(gm: GraphModule, emit: Emitter) -> int:
                 instead[node] = instead.get(value, value)
             elif writer is None and _same_memory(chain.base, node, found):
                 behind[node] = chain.base
-    if not _same_gradients(gm.graph, found, instead, behind):
+    moved = {*instead, *behind}
+    if not moved or not _same_gradients(gm.graph, found, instead, behind):
         return 0
     for node, base in behind.items():
         node.replace_input_with(node.args[0], base)  # type: ignore[arg-type]
     for node, value in instead.items():
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
-    _revalue(gm.graph, found, {*instead, *behind}, emit)
-    return len(instead) + len(behind)
+    _revalue(gm.graph, found, moved, emit)
+    return len(moved)
 
 
 def _revalue(graph: Graph, found: Storages, moved: set[Node], emit: Emitter) -> None:
@@ -173,13 +176,16 @@ def _replaces(writer: Node, read: Node, found: Storages) -> bool:
 
 
 def _returned(graph: Graph, found: Storages) -> set[Node]:
-    """Outputs of the graph, and what they are views of."""
+    """Outputs of the graph, and what they are views of, or would be if it lay otherwise."""
     known: set[Node] = set()
-    for node in graph.output_node().all_input_nodes:
-        view: Node | None = node
-        while view is not None and view not in known:
-            known.add(view)
-            view = found.parent.get(found.rooted(view))
+    pending = list(graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if node not in known:
+            known.add(node)
+            view = found.rooted(node)
+            pending += [found.parent[view]] if view in found.parent else []
+            pending += node.all_input_nodes if getattr(node.target, "_opname", "") in LAZY else []
     return known
 
 
@@ -245,10 +251,9 @@ class _Run:
         return next((i for i, p in enumerate(ordered) if p.start != i), size - 1)
 
 
-def joined(gm: GraphModule, emit: Emitter) -> int:
+def joined(gm: GraphModule, found: Storages, emit: Emitter) -> int:
     """Runs that cover their buffer, but for one index perhaps, become one ``stack`` or ``cat``."""
-    found, runs, count = Storages(gm), dict[Node, _Run](), 0
-    reach = Reach(found)
+    reach, runs, count = Reach(found), dict[Node, _Run](), 0
     for node in list(gm.graph.nodes):
         piece = _written(node)
         if piece is None:

@@ -14,6 +14,12 @@ from torch.fx.node import map_arg
 from effpass.graph.splice import KEPT
 
 aten = torch.ops.aten
+# these copy their first operand as it lies, and write a part of it
+SCATTERS = (
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.diagonal_scatter.default,
+)
 
 
 class Emitter:
@@ -30,22 +36,46 @@ class Emitter:
         if isinstance(value, torch.SymInt):
             self.symbols.setdefault(value.node.expr, node)
 
-    def call(self, before: Node, origin: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """One call in front of ``before``, in its region; layer and line are ``origin``'s."""
+    def call(
+        self,
+        before: Node,
+        origin: Node,
+        target: Any,
+        *args: Any,
+        like: Node | None = None,
+        **kwargs: Any,
+    ) -> Node:
+        """One call in front of ``before``, in its region; layer and line are ``origin``'s.
+
+        ``like``: a node with a value laid out as that of the call is known to be.
+        """
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, args, kwargs)
         node.meta = {key: origin.meta[key] for key in KEPT if key in origin.meta}
         node.meta["effpass_region"] = before.meta["effpass_region"]
-        self.run(node)
+        if like is None or not self.alike(node, like):
+            self.run(node)
         self.made.append(node)
         return node
 
     def run(self, node: Node) -> None:
         """Gives a node the value that follows from those of its operands."""
+        if node.target in SCATTERS and self.alike(node, node.args[0]):  # type: ignore[arg-type]
+            return
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         # what is put in is not for autocast to change: callers see to it
         with self.mode, torch.no_grad(), torch._C._DisableAutocast():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def alike(self, node: Node, other: Node) -> bool:
+        """Gives a node a value laid out like another's: sooner than running an op. False, and no
+        value, if there are symbols in it."""
+        value = other.meta["val"]
+        if not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+            return False
+        meta = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        node.meta["val"] = FakeTensor(self.mode, meta, value.device)
+        return True
 
     def sizes(self, before: Node, like: Node) -> list[int | Node]:
         """The shape of ``like``: numbers, and nodes in front of ``before`` for symbols."""

@@ -13,25 +13,34 @@ from __future__ import annotations
 import operator
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from effpass.graph.buffers import tidy
-from effpass.graph.emit import Emitter, fake_mode, same_layout, same_sizes, storage_key
+from effpass.graph.emit import Emitter, fake_mode, row_major, same_layout, same_sizes, storage_key
 from effpass.graph.put_back import Change, all_of, cut, put_back
 from effpass.graph.reach import Reach
-from effpass.graph.storages import Storage, Storages, gapped, out_of_place, removable
+from effpass.graph.storages import Storage, Storages, gapped, idle, out_of_place, removable
 
 aten = torch.ops.aten
+ARITHMETIC = (
+    *(aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.div_.Tensor),
+    *(aten.addcmul_.default, aten.addcdiv_.default, aten.lerp_.Tensor, aten.lerp_.Scalar),
+)
 # these read nothing but the shape, which no write changes
 SHAPE_READERS = ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset")
 
 
 def functional(gm: GraphModule) -> int:
-    """Rewrites the writes of one graph (not of the bodies inside it); answers how many."""
+    """Rewrites the writes of one graph (not of the bodies inside it); answers how many.
+
+    The module is not recompiled.
+    """
     mode = fake_mode(gm)
     if mode is None:
         return 0
@@ -39,8 +48,7 @@ def functional(gm: GraphModule) -> int:
     count = sum(len(storage.writes) for storage in found if storage.live)
     if count:
         _Rewriting(gm, found, Emitter(gm.graph, mode)).run()
-    if tidy(gm, mode) or count:
-        gm.recompile()
+    tidy(gm, mode)
     return count
 
 
@@ -60,6 +68,7 @@ class _Rewriting:
         self.graph, self.found, self.emit = gm.graph, found, emit
         self.reach = Reach(found)
         self.versions = {s: _Version(s.base) for s in found if s.live}
+        self.moved: set[Node] = set()  # views of other memory than before
 
     def run(self) -> None:
         for node in list(self.graph.nodes):
@@ -70,6 +79,7 @@ class _Rewriting:
             elif any(self.found.of.get(n) in self.versions for n in node.all_input_nodes):
                 self._read(node)
         self._erase()
+        self._revalue()
 
     def now(self, node: Node) -> Node:
         """The node that holds what ``node`` would show here."""
@@ -90,8 +100,8 @@ class _Rewriting:
     def _taken_again(self, view: Node, source: Node, version: _Version) -> Node:
         assert version.place is not None
         if view.target is not operator.getitem:
-            rest = view.args[1:]
-            return self.emit.call(version.place, view, view.target, source, *rest, **view.kwargs)
+            rest, kwargs = view.args[1:], dict[str, Any](view.kwargs)
+            return self.emit.call(version.place, view, view.target, source, *rest, **kwargs)
         parent = self.found.parent[view]
         piece = cut(view, parent)
         if piece is not None:
@@ -109,18 +119,18 @@ class _Rewriting:
         if version is not None and node.target is operator.getitem:
             pieces: Node = node.args[0]  # type: ignore[assignment]
             version.taken[node] = (version.taken[pieces][0], node)
-            node.meta["val"] = pieces.meta["val"][node.args[1]]
+            self.moved.add(node)
             return
         node.args, node.kwargs = map_arg((node.args, node.kwargs), self.now)
         if version is not None:
             version.taken[node] = (version.number, node)
             if version.number:
-                self.emit.run(node)  # it shares the memory of another node now
+                self.moved.add(node)
 
     def _write(self, write: Node, storage: Storage) -> None:
         version = self.versions[storage]
         view = self.found.rooted(write.args[0])  # type: ignore[arg-type]
-        if self._onto_itself(write, view):
+        if idle(write) or self._onto_itself(write, view):
             return
         part, source = self._new_value(write, view)
         changed, memory = [(view, part)], self.found.memory
@@ -149,10 +159,11 @@ class _Rewriting:
         if write.target is not aten.copy_.default:
             return False
         source: Node = write.args[1]  # type: ignore[assignment]
-        mine, theirs = self.found.memory[view], self.found.memory.get(source)
-        return (
-            theirs is not None and storage_key(mine) == storage_key(theirs) and all_of(mine, theirs)
-        )
+        if self.found.of.get(source) is not self.found.of[view]:
+            return False
+        if self.found.stuck.get(self.found.rooted(source)):  # detached, say
+            return False
+        return all_of(self.found.memory[view], self.found.memory[source])
 
     def _new_value(self, write: Node, view: Node) -> tuple[Node, Node | None]:
         """The new value of ``view``, and the node whose memory that may be."""
@@ -166,7 +177,8 @@ class _Rewriting:
             made = self._call(write, aten.full.default, sizes, value, dtype=dtype, device=device)
             return made, None
         args, kwargs = map_arg((write.args, write.kwargs), self.now)
-        made = self._call(write, out_of_place(write.target), *args, **kwargs)  # type: ignore[arg-type]
+        form, like = out_of_place(write.target), view if _plain(write, view) else None  # type: ignore[arg-type]
+        made = self.emit.call(write, write, form, *args, like=like, **kwargs)
         return self._cast(write, made, dtype), None
 
     def _copied(self, write: Node, view: Node) -> tuple[Node, Node | None]:
@@ -204,7 +216,7 @@ class _Rewriting:
             return node
         return self._call(write, aten.to.dtype, node, dtype)
 
-    def _call(self, write: Node, target: object, *args: object, **kwargs: object) -> Node:
+    def _call(self, write: Node, target: object, *args: Any, **kwargs: Any) -> Node:
         return self.emit.call(write, write, target, *args, **kwargs)
 
     def _erase(self) -> None:
@@ -214,6 +226,30 @@ class _Rewriting:
         for node in reversed(list(self.graph.nodes)):
             if node in own and not node.users and (node in self.found.root or removable(node)):
                 self.graph.erase_node(node)
+
+    def _revalue(self) -> None:
+        """Views that moved, and what was made of them, get values that share the right memory."""
+        old: dict[Node, int | None] = {}
+        made = set(self.emit.made)
+        for node in self.graph.nodes:
+            sources = [old[n] for n in node.all_input_nodes if n in old]
+            if node in self.moved or (sources and node in made and _key(node) in sources):
+                old[node] = _key(node)
+                self.emit.run(node)
+
+
+def _key(node: Node) -> int | None:
+    """The storage of a value, or of the first of several."""
+    first = next((v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)), None)
+    return None if first is None else storage_key(first)
+
+
+def _plain(write: Node, view: Node) -> bool:
+    """Arithmetic of a contiguous float tensor and others of its dtype gives another such one."""
+    values = [n.meta["val"] for n in write.all_input_nodes]
+    value = view.meta["val"]
+    same = all(v.dtype == value.dtype for v in values if isinstance(v, Tensor))
+    return write.target in ARITHMETIC and same and value.is_floating_point() and row_major(value)
 
 
 def _shares(node: Node, source: Node | None) -> bool:

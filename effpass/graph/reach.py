@@ -39,49 +39,52 @@ class Reach:
 
     def of(self, node: Node) -> int:
         """The inputs that ``node`` reaches; what it reads must not be rewritten afterwards."""
-        pending = [self._read(node)]
+        start = self.instead.get(node, node)
+        pending = [start]
         while pending:
             each = pending[-1]
             if each not in self.known:
-                unknown = [n for n in map(self._read, self._sources(each)) if n not in self.known]
+                sources = self._sources(each)
+                unknown = [n for n in sources if n not in self.known]
                 if unknown:
                     pending += unknown
                     continue
-                self.known[each] = self._reached(each)
+                self.known[each] = self._reached(each, sources)
             pending.pop()
-        return self.known[self._read(node)]
+        return self.known[start]
 
     def together(self, nodes: Iterable[Node]) -> int:
         """The inputs that any of ``nodes`` reaches."""
         return functools.reduce(operator.or_, map(self.of, nodes), 0)
 
-    def _read(self, node: Node) -> Node:
-        return self.instead.get(node, node)
-
     def _sources(self, node: Node) -> list[Node]:
+        """What gradients go to from ``node``."""
         if not self._differentiable(node):
             return []
-        return [self.behind[node]] if node in self.behind else node.all_input_nodes
+        read = [self.behind[node]] if node in self.behind else node.all_input_nodes
+        return [self.instead.get(n, n) for n in read] if self.instead else read
 
-    def _reached(self, node: Node) -> int:
-        reached = 0
-        if node.op in ("placeholder", "get_attr") and self._differentiable(node):
-            reached = self._bit(node)
+    def _reached(self, node: Node, sources: list[Node]) -> int:
         storage = self.found.of.get(node)
-        if storage is not None and storage.written and self._differentiable(node):
-            reached |= self._bit(storage)
-        for source in self._sources(node):
-            reached |= self.known[self._read(source)]
+        written = storage is not None and storage.written
+        reached = 0
+        if (written or node.op in ("placeholder", "get_attr")) and self._differentiable(node):
+            reached = self._bit(storage if written else node)
+        for source in sources:
+            reached |= self.known[source]
         return reached
 
     def _differentiable(self, node: Node) -> bool:
-        if node.op == "call_function" and not self.found.modes[region(node)].grad:
+        recorded = node.op != "call_function" or self.found.modes[region(node)].grad
+        if not recorded and node not in self.found.root:  # in place, it is what it was before
             return False
         name = getattr(node.target, "_opname", "")
         if name == "detach" or name in MADE_NEW or name.endswith("_like"):
             return False
-        values = pytree.tree_leaves(node.meta.get("val"))
-        tensors = [v for v in values if isinstance(v, Tensor)]
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return value.is_floating_point() or value.is_complex()
+        tensors = [v for v in pytree.tree_leaves(value) if isinstance(v, Tensor)]
         floats = any(v.is_floating_point() or v.is_complex() for v in tensors)
         return floats or "val" not in node.meta
 

@@ -46,10 +46,9 @@ SHAPED_LIKE = ("view_as", "reshape_as", "expand_as", "type_as")
 
 @dataclass(eq=False)
 class Storage:
-    """One piece of memory: ``views`` (in order) of ``base``, and ``writes`` to any of them."""
+    """One piece of memory: ``base`` made it, ``writes`` go to it or to views of it."""
 
     base: Node
-    views: list[Node] = field(default_factory=list)
     writes: list[Node] = field(default_factory=list)
     outputs: set[Node] = field(default_factory=set)
     elsewhere: bool = False  # a view lies in another region
@@ -82,7 +81,7 @@ class Storages:
         self.modes: list[Modes] = region_modes(gm)
         self.unknown: set[Node] = set()  # written, without a fake value
         self._keyed: dict[int, Storage] = {}
-        self._stuck: dict[Node, str] = {}  # why a view cannot be written through
+        self.stuck: dict[Node, str] = {}  # why a view cannot be written through
         for node in gm.graph.nodes:
             self._add(node)
 
@@ -145,12 +144,11 @@ class Storages:
             storage.stays(f"{node.name} shares it in an unknown way")
             return
         self.parent[node] = parent = self.rooted(source)
-        storage.views.append(node)
         storage.elsewhere |= region(node) != region(storage.base)
         storage.stays(_view_problem(node))
         if isinstance(node.meta["val"], Tensor):
             stuck = irreversible(node, parent)
-            self._stuck[node] = self._stuck.get(parent, "") or stuck
+            self.stuck[node] = self.stuck.get(parent, "") or stuck
 
     def _write_problem(self, node: Node, storage: Storage) -> str:
         """Why this write cannot become dataflow; empty if it can."""
@@ -159,6 +157,8 @@ class Storages:
             return f"{node.name} writes to it, and is not an ATen op"
         if not isinstance(view, Node) or writes(node) != [view]:
             return f"{node.name} writes to more than its first operand"
+        if idle(node):
+            return ""
         if torch.Tag.nondeterministic_seeded in target.tags:
             return f"{node.name} is random"
         if target._opname not in FILLS and out_of_place(target) is None:
@@ -167,8 +167,8 @@ class Storages:
             return f"{node.name} writes in another grad mode or autocast region"
         if self._cast_by_autocast(node):
             return f"autocast changes the form of {target} out of place"
-        if self._stuck.get(self.rooted(view)):
-            return self._stuck[self.rooted(view)]
+        if self.stuck.get(self.rooted(view)):
+            return self.stuck[self.rooted(view)]
         if gapped(storage.base.meta["val"]):
             return f"{storage.base.name} has gaps in memory"
         return _value_problem(node, view)
@@ -205,6 +205,12 @@ def out_of_place(target: OpOverload) -> OpOverload | None:
         if same and pure and fresh and len(form._schema.returns) == 1:
             return form
     return None
+
+
+def idle(node: Node) -> bool:
+    """Dropout in evaluation writes nothing."""
+    name = getattr(node.target, "_opname", "")
+    return name in ("dropout_", "alpha_dropout_", "feature_dropout_") and node.args[2] is False
 
 
 def removable(node: Node) -> bool:
