@@ -1,4 +1,4 @@
-"""Merge duplicates: nodes that compute the same of the same become one node. Exact.
+"""Merge duplicates: nodes that compute the same of the same become one node, unused ones go. Exact.
 
 A loop that Dynamo unrolled computes ``-exp(A_log)`` once a step, and slices ``x[:]`` before it
 selects ``x[:, t]``: after this the steps read one node. A tensor that somebody writes to, or that
@@ -36,7 +36,7 @@ def merge_duplicates(graph: Graph) -> int:
         node.replace_all_uses_with(target)
         graph.erase_node(node)
         merged += 1
-    return merged + _join_cats(graph)
+    return merged + _join_cats(graph) + _drop_unused(graph)
 
 
 def _whole(node: Node) -> Node | None:
@@ -82,6 +82,15 @@ def _own_storages(graph: Graph) -> set[int]:
 def _storages(node: Node) -> set[int]:
     values = pytree.tree_leaves(node.meta.get("val"))
     return {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
+
+
+def _drop_unused(graph: Graph) -> int:
+    dropped = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and _pure(node):
+            graph.erase_node(node)
+            dropped += 1
+    return dropped
 
 
 def _join_cats(graph: Graph) -> int:

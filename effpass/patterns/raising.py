@@ -27,6 +27,7 @@ from effpass.patterns import (
     cumulative,
     discretised,
     feed_forward,
+    own_gradient,
     scan_op,
     unrolled,
 )
@@ -37,6 +38,7 @@ from effpass.report import Miss, Raised
 IDIOMS: tuple[Idiom, ...] = (
     convolution.IDIOM,
     unrolled.IDIOM,
+    own_gradient.IDIOM,
     associative.IDIOM,
     scan_op.IDIOM,
     cumulative.IDIOM,
@@ -86,6 +88,8 @@ def raise_ops(
     outcome = Raising(proving, strict)
     idioms = IDIOMS if idioms is None else idioms
     for body in graphs(gm):
+        if body not in graphs(gm):  # of an operator that was raised
+            continue
         original, count = body.graph, len(outcome.raised)
         if any(writes(node) for node in original.nodes):
             body.graph = _copied(original)
@@ -96,6 +100,7 @@ def raise_ops(
         if body.graph is not original and len(outcome.raised) == count:
             body.graph = original
         body.recompile()
+        body.delete_all_unused_submodules()
     return outcome
 
 
@@ -114,12 +119,13 @@ def _copied(graph: Graph) -> Graph:
 
 def _apply(idiom: Idiom, body: GraphModule, outcome: Raising) -> None:
     """Until nothing more is found: what was raised may have uncovered more."""
-    missed: set[Node] = set()
+    before = list(outcome.missed)
     for _ in range(PASSES):
         count = len(outcome.raised)
+        outcome.missed = list(before)  # of the last pass alone
         for node in _anchors(idiom, body, outcome):
-            if not node._erased and node not in missed and not _try(idiom, node, body, outcome):
-                missed.add(node)
+            if not node._erased:
+                _try(idiom, node, body, outcome)
         if idiom.records or len(outcome.raised) == count:
             return
 
@@ -135,21 +141,17 @@ def _anchors(idiom: Idiom, body: GraphModule, outcome: Raising) -> list[Node]:
         return []
 
 
-def _try(idiom: Idiom, node: Node, body: GraphModule, outcome: Raising) -> bool:
+def _try(idiom: Idiom, node: Node, body: GraphModule, outcome: Raising) -> None:
     try:
         proposal = idiom.check(node)
-        if proposal is None:
-            return False
-        outcome.raised.append(_accept(idiom, proposal, body, outcome))
+        if proposal is not None:
+            outcome.raised.append(_accept(idiom, proposal, body, outcome))
     except Missed as miss:
         outcome.miss(idiom, node, miss.node, miss.reason)
-        return False
     except Exception as error:  # as above
         if outcome.strict:
             raise
         outcome.miss(idiom, node, node, f"it failed: {type(error).__name__}: {error}")
-        return False
-    return True
 
 
 def _accept(idiom: Idiom, proposal: Proposal, body: GraphModule, outcome: Raising) -> Raised:

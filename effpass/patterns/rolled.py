@@ -212,8 +212,9 @@ class Rolled:
             first, count = gather.first - self.loop.first, gather.last - gather.first + 1
             steps = steps if count == steps.shape[0] else steps[first : first + count]
             outputs.append(_gathered(gather, steps, values))
+        alone = sum(row is self.loop.carry for row, _, _ in self.loop.singles) == 1
         for row, time, node in self.loop.singles:
-            ends = row is self.loop.carry and time == self.loop.last
+            ends = alone and row is self.loop.carry and time == self.loop.last
             value = final if ends else rows[row.number][time - self.loop.first]
             outputs.append(value.to(_dtype(node, value)))
         return outputs
