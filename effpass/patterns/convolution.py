@@ -150,7 +150,7 @@ class _Attempt:
             if opname(node) in CONVOLUTIONS and node is not self.anchor:
                 continue
             behind.add(node)
-            if not isinstance(value, Value) or node in self.start:
+            if not isinstance(value, Value) or node in self.start or not _float(node):
                 continue
             try:
                 taps = read(value, self.start, self.leaf)

@@ -85,6 +85,8 @@ def _div(f: Follower, node: Node) -> Value:
         if known is None or known.numel() != 1:
             raise Lost
         divisor = known.item()
+    if f.scalar(divisor) == 0:
+        raise Lost
     return f.value(node.args[0]).times(Coefficient(1.0 / f.scalar(divisor)))
 
 

@@ -76,7 +76,7 @@ class Plan:
     ) -> Tensor:
         lags = [self.taps.lags[lag] for lag in reversed(range(self.taps.width))]
         whole = _one_tensor(lags, channels)
-        if whole is not None:
+        if whole is not None and values[whole[0].node].is_floating_point():
             return _taken(values[whole[0].node], *whole, len(lags), channels)
         return torch.stack([self._sum(each, values, channels, sizes, like) for each in lags], -1)
 
@@ -101,6 +101,7 @@ class Plan:
                 part = part * term.scale
             total = part if total is None else total + part
         assert total is not None
+        total = total if total.is_floating_point() else total.to(like.dtype)
         if tuple(total.shape) != tuple(sizes):
             total = total.expand(list(sizes))
         return total.flatten() if len(channels) != 1 else total

@@ -242,6 +242,22 @@ def test_scalars_and_constants() -> None:
     assert compiled.count(OP) == 1 and compiled.nodes("div") == 0
 
 
+def test_taps_that_are_whole_numbers() -> None:
+    def signed(x: Tensor, _: nn.Conv1d, weight: Tensor) -> Tensor:
+        return by_taps(x, (weight > 0).long()) + by_taps(x, weight > 1)
+
+    assert counted(signed).count(OP) == 2
+
+
+def test_complex_taps_and_division_by_zero() -> None:
+    def turning(x: Tensor, _: nn.Conv1d, weight: Tensor) -> Tensor:
+        return by_taps(x, torch.polar(torch.ones_like(weight), weight)).real
+
+    assert not counted(turning).count(OP)
+    compiled = Raiser(Written(lambda x, _, w: by_taps(x, w) / torch.tensor(0.0)), [IDIOM])
+    assert not compiled(*tokens(6)(12)).isfinite().any()
+
+
 def test_a_size_is_not_a_number() -> None:
     """A factor, or a shift, that is a symbolic size would be another one in the next call."""
 
