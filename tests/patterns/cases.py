@@ -13,10 +13,14 @@ from torch import Tensor
 from tests.patterns.spellings.spelling import NearMiss, Spelling
 
 FOLDER = Path(__file__).parent / "spellings"
-# torch traces its associative_scan slowly, seconds each: one of these is in the fast suite
-ASSOCIATIVE = {
+# seconds each, torch's associative_scan above all; the fast suite has one like each of them
+LATER = {
     *("associative_last_dim_selective", "associative_dicts_gated", "associative_with_start_gated"),
     *("left_coefficient", "left_factor_kept", "maximum_of_values", "reversed_scan"),
+    *("three_layers", "time_first", "all_inside", "step_by_step", "state_before_channel"),
+    *("merged_heads", "grouped_state", "euler_step", "strided_sweeps_gated", "odd_even_gated"),
+    *("sru", "s4d", "pointwise_convolutions", "channel_first", "growing_cat", "split_update"),
+    *("quadratic_einsum", "states_passed", "upcast", "learned_start", "min_lstm"),
 }
 
 
