@@ -25,7 +25,7 @@ CLASH = (
     "visible key would change (-inf or finfo(dtype).min would do)"
 )
 BOTH = (
-    "while training, one mask is added and another overwrites scores: rows without any visible key "
+    "while training, a mask is added and scores are overwritten too: rows without any visible key "
     "would get other gradients (one boolean mask would do)"
 )
 
@@ -128,7 +128,7 @@ def settle(steps: Sequence[Step], place: Place, setting: Setting, at: Node) -> M
         blind = blind and (known.unseen or lowest_other <= HIDES)
         empty = empty and (known.unseen or lowest_other < least)
     swallowing = blind and setting.trains and _swallowing(steps, setting.scores)
-    filled = any(isinstance(step, Filled) for step in steps)
+    filled = any(isinstance(step, Filled | Floor) for step in steps)
     seen = setting.narrow and any(map(_moderate, steps))
     rests = blind and (bool(mild) or seen or (setting.trains and (filled or swallowing)))
     if swallowing and filled:

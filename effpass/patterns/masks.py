@@ -89,7 +89,10 @@ def bias(
     filled: Tensor | None = None
     for step in steps:
         if isinstance(step, Floor):
-            total = None if total is None else total.clamp(min=step.value)
+            if total is not None:
+                mask = total < step.value
+                filled = mask if filled is None else filled | mask
+                total = total.clamp(min=fits(step.value, total.dtype))
         elif isinstance(step, Filled):
             mask = _mask(step, arrange)
             filled = mask if filled is None else filled | mask

@@ -18,6 +18,8 @@ from effpass.patterns.proposal import Missed
 from effpass.patterns.scores import Multiplier
 
 Env = Mapping[Node, Tensor]
+# by which scores are made small, and gradients large in turn
+TINY = {torch.float16: 2.0**-10, torch.float64: 2.0**-40}
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Attention:
         self, rows: Tensor, k: Tensor, values: Tensor, added: Tensor | None, rests: Tensor
     ) -> Tensor:
         """0, with the gradient of keys, by a second attention in which scores are made small."""
-        tiny = 2.0**-10 if rows.dtype is torch.float16 else 2.0**-20
+        tiny = TINY.get(rows.dtype, 2.0**-20)
         out = self._attend(rows * tiny, k, values, None if added is None else added.detach())
         return torch.where(rests, (out - out.detach()) / tiny, 0.0)
 
