@@ -24,6 +24,7 @@ from effpass.graph.regions import region_modes
 from effpass.graph.writes import writes
 
 SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+WHOLE = (associative_scan_op, torch.ops.higher_order.autograd_function_apply)  # taken as they are
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -156,7 +157,7 @@ def _symbols(node: Node) -> list[Any]:
 def _refuse(node: Node) -> None:
     if node.op not in ("call_function", "get_attr"):
         raise CarveError(f"it contains {node.op} {node.target}", node)
-    if isinstance(node.target, HigherOrderOperator) and node.target is not associative_scan_op:
+    if isinstance(node.target, HigherOrderOperator) and node.target not in WHOLE:
         raise CarveError(f"it contains the higher-order op {node.target}", node)
     if writes(node):
         raise CarveError(f"{op_name(node)} in it writes in place", node)

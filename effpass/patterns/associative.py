@@ -10,7 +10,7 @@ or a cut through the channels never gets there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,23 +55,33 @@ IDIOM = Idiom("parallel scan", first_combines, check)
 
 
 def _proposal(leaves: Leaves, state: Node, sight: Sight) -> Proposal:
+    others = _other_inputs(leaves, state, sight)
+    fills = {ZERO: torch.zeros_like, ONE: torch.ones_like}
+    draw = {node: fills[code] for node in others if (code := created(node)) in fills}
+    return proposal(leaves, state, sight, (leaves.a, leaves.b, *others), state, draw)
+
+
+def proposal(
+    leaves: Leaves,
+    state: Node,
+    sight: Sight,
+    inputs: tuple[Node, ...],
+    output: Node,
+    draw: Mapping[Node, Callable[[Tensor], Tensor]],
+) -> Proposal:
+    """``output`` is what ``state`` is in terms of a and b, the first two ``inputs``."""
     value = sight.values[state]
     assert isinstance(value, Value)
     dims = whole(leaves, sight)
     time = next(i for i, atom in enumerate(dims) if atom.name == TIME)
     order = [dims.index(dim[0]) if dim else None for dim in value.dims]
-    others = _other_inputs(leaves, state, sight)
 
     def build(a: Tensor, b: Tensor, *_: Any) -> Sequence[Tensor]:
         return [_arranged(recurrence(a, b, time), order)]
 
-    fills = {ZERO: torch.zeros_like, ONE: torch.ones_like}
-    draw = {node: fills[code] for node in others if (code := created(node)) in fills}
-    tokens = {leaf: rank(leaf) - (len(dims) - time) for leaf in (leaves.a, leaves.b)}
-    inputs = (leaves.a, leaves.b, *others)
-    return Proposal(
-        "linear_recurrence", inputs, (state,), build, draw, tokens, (order.index(time),)
-    )
+    tokens = {node: rank(node) - (len(dims) - time) for node in inputs[:2]}
+    at = (order.index(time),)
+    return Proposal("linear_recurrence", inputs, (output,), build, draw, tokens, at)
 
 
 def _other_inputs(leaves: Leaves, state: Node, sight: Sight) -> list[Node]:

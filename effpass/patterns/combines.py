@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +180,8 @@ def _fits(m: Any, n: Any) -> bool:
     return str(m) == str(n) or (isinstance(m, int) and m == 1) or (isinstance(n, int) and n == 1)
 
 
-def _sight(leaves: Leaves) -> Sight:
+def sight_of(leaves: Leaves) -> Sight:
+    """Nothing but what a and b are."""
     sight = Sight({})
     times = _times(leaves)
     from_right = rank(leaves.b) - leaves.time
@@ -204,7 +205,7 @@ def _leaf(shape: list[int], from_right: int, codes: Tensor) -> Value:
 
 def _holds(combine: Combine, leaves: Leaves) -> bool:
     """Whether the combine joins two pieces of time under this reading."""
-    sight, nodes = _sight(leaves), {combine.total}
+    sight, nodes = sight_of(leaves), {combine.total}
     pending = list(combine.total.all_input_nodes)
     while pending:
         node = pending.pop()
@@ -227,22 +228,30 @@ def widest(value: Any, kind: int) -> int:
 
 def followed(leaves: Leaves) -> tuple[Sight, Node | None]:
     """Follows everything behind a and b, up to the first node that is all of h."""
-    sight = _sight(leaves)
-    pending = [user for leaf in (leaves.a, leaves.b) for user in leaf.users]
+    sight = sight_of(leaves)
+    state = follow(sight, (leaves.a, leaves.b), lambda value: is_state(value, leaves, sight))
+    return sight, state
+
+
+def follow(
+    sight: Sight, starts: Collection[Node], stop: Callable[[Value], bool] | None = None
+) -> Node | None:
+    """Follows everything behind ``starts``; answers the first node whose value says ``stop``."""
+    pending = [user for start in starts for user in start.users]
     heapq.heapify(pending)
     last = None
     while pending:
         node = heapq.heappop(pending)
-        if node is last or node.op != "call_function" or node in (leaves.a, leaves.b):
+        if node is last or node.op != "call_function" or node in starts:
             continue
         last = node
         value = sight.follow(node)
-        if isinstance(value, Value) and _is_state(value, leaves, sight):
-            return sight, node
+        if stop is not None and isinstance(value, Value) and stop(value):
+            return node
         if isinstance(value, list) or (value is not None and known(value)):
             for user in node.users:
                 heapq.heappush(pending, user)
-    return sight, None
+    return None
 
 
 def known(value: Value) -> bool:
@@ -250,7 +259,7 @@ def known(value: Value) -> bool:
     return not value.codes.numel() or bool((value.codes >= 0).any())
 
 
-def _is_state(value: Value, leaves: Leaves, sight: Sight) -> bool:
+def is_state(value: Value, leaves: Leaves, sight: Sight) -> bool:
     """Whether this is W(0, t, t) at every t, with every other dim whole."""
     if any(len(dim) > 1 for dim in value.dims):
         return False

@@ -17,7 +17,9 @@ from torch.fx import Node
 
 from effpass.graph.region import constant as constant_value
 from effpass.patterns.intervals import (
+    FREE,
     ONE,
+    TIME,
     UNKNOWN,
     ZERO,
     Atom,
@@ -52,10 +54,11 @@ PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121
 class Sight:
     """The values of nodes as far as they are known; constants are read when they are needed."""
 
-    def __init__(self, leaves: Mapping[Node, Value]) -> None:
+    def __init__(self, leaves: Mapping[Node, Value], sizes: Sight | None = None) -> None:
+        """``sizes``: another whose sizes that are not fixed are the same."""
         self.values: dict[Node, Result] = dict(leaves)
-        self.symbols: dict[Any, int] = {}
-        self.primes = chain(PRIMES, count(2000003, 2))
+        self.symbols: dict[Any, int] = {} if sizes is None else sizes.symbols
+        self.primes = chain(PRIMES, count(2000003, 2)) if sizes is None else sizes.primes
 
     def shape(self, node: Node) -> list[int]:
         """The sizes of a node's tensor, primes for those that are not fixed."""
@@ -98,9 +101,13 @@ class Sight:
         found = constant_value(node, 1 << 16)
         if found is None or not bool(((found == 0) | (found == 1)).all()):
             return None
-        dims = tuple((Atom("time", 0, n),) if n != 1 else () for n in found.shape)
-        codes = torch.where(found == 0, ZERO, ONE).reshape([n for n in found.shape if n != 1])
-        return Value(dims, codes)
+        codes, dims = torch.where(found == 0, ZERO, ONE), []
+        for size in reversed(found.shape):
+            first = codes[..., :1]
+            same = size != 0 and bool((codes == first).all())
+            codes = first[..., 0] if same else codes.movedim(-1, 0)
+            dims.append((Atom(FREE if same else TIME, 0, size),) if size != 1 else ())
+        return Value(tuple(reversed(dims)), codes)
 
     def _size(self, size: Any) -> int:
         if isinstance(size, int):
@@ -298,6 +305,8 @@ def _slice_scatter(sight: Sight, node: Node, given: dict[str, Any]) -> Result:
     where = [given[name] for name in ("start", "end", "step")]
     if base is None or part is None or not all(isinstance(bound, int | None) for bound in where):
         return None
+    if part.shape == base.shape:
+        return part
     dim = _place(given["dim"], base)
     return scattered(base, part, dim, lambda b, p: aten.slice_scatter(b, p, 0, *where))
 

@@ -237,7 +237,7 @@ def combine(p: Program, made: list[Tensor]) -> Sequence[Tensor]:
 
 
 @given(st.lists(st.integers(0, 2**30), min_size=60, max_size=250))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_known_is_true(choices: list[int]) -> None:
     """Every element that the rules claim to know has that value, in random programs."""
     generator = torch.Generator().manual_seed(0)
