@@ -9,6 +9,7 @@ few random inputs, is equal to it on all inputs of these sizes. Hence ``prove_al
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -22,7 +23,7 @@ from effpass.patterns.growth import MULTIPLIED, Growth, grow
 from effpass.patterns.log_decay import cumulative_sum, is_layout, log_decay
 from effpass.patterns.multilinear import SHAPED, Reader, Term, is_size, opname
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.ssd_call import Call
+from effpass.patterns.ssd_call import Call, in_chunks
 from effpass.patterns.ssd_roles import TIME, Axes, Naming, Roles, flat, length, main_term, roles
 
 TOTAL_DECAY = 6.0  # drawn inputs decay to exp(-6) or so from the first token to the last
@@ -99,6 +100,7 @@ def _proposal(growth: Growth, result: Node) -> Proposal:
         build=call,
         draw=_draws(found, call.rate),
         prove_always=True,
+        reference=dataclasses.replace(call, scan=in_chunks),
     )
 
 

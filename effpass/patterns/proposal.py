@@ -32,7 +32,8 @@ class Proposal:
     an input that is time: with them, the proof also checks that no output reads a later token
     (``causal``, along ``output_tokens`` of each output). ``draw`` gives inputs other random values
     than normal ones, e.g. positive. ``attributes`` go into the record of a region that is only
-    recorded. ``prove_always``: structure alone does not settle it, numbers must.
+    recorded. ``prove_always``: structure alone does not settle it, numbers must. ``reference``
+    computes what ``build`` does, faster on float64: a proof runs it instead.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Proposal:
     output_tokens: tuple[int, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     prove_always: bool = False
+    reference: Build | None = None
 
 
 @dataclass(frozen=True)

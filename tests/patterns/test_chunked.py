@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
-from types import FunctionType
 from typing import Any
 
 import pytest
@@ -14,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effpass.patterns.chunked import IDIOM
-from tests.models.zoo import FAMILIES
+from effpass.patterns.ssd_call import as_op, in_chunks
 from tests.patterns.raising import Raiser, equal, tensors
 from tests.patterns.spellings import chunked, chunked_near_misses, cumulative, gated
 from tests.patterns.spellings.chunked import segsum_difference, segsum_stable
@@ -209,6 +206,21 @@ def test_a_start_that_is_a_parameter() -> None:
     assert raised.count("ssd_scan") == 1
 
 
+@pytest.mark.parametrize("length", [1, 64, 130])
+def test_what_proofs_compare_with_is_the_op(length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, dt, A = drawn(2, length, 6, 4), drawn(2, length, 6) * 0.1, -drawn(6).abs()
+    B, C, start = drawn(2, length, 3, 5), drawn(2, length, 3, 5), drawn(2, 6, 4, 5)
+    for first in (None, start):
+        pairs = zip(in_chunks(x, dt, A, B, C, first), as_op(x, dt, A, B, C, first), strict=True)
+        for actual, expected in pairs:
+            close(actual, expected, "raised_fp64")
+
+
 REASONS = {
     "upper_mask": "proof: region and op differ",
     "strict_mask": "proof: region and op differ",
@@ -330,30 +342,3 @@ def test_half_precision(name: str) -> None:
         for a, e in zip(tensors(raised(h)), tensors(module(h)), strict=True):
             close(a, e, "model_bf16")
     assert raised.count("ssd_scan") == 1
-
-
-FROM_TRANSFORMERS = ["mamba2", "bamba", "zamba2", "nemotron_h", "granitemoehybrid", "falcon_h1"]
-
-
-def plain(function: Any) -> FunctionType:
-    """A twin of a function of transformers, which the front door does not know."""
-    inner = inspect.unwrap(function)
-    twin = FunctionType(inner.__code__, inner.__globals__, "twin", inner.__defaults__)
-    twin.__kwdefaults__ = inner.__kwdefaults__
-    return twin
-
-
-@pytest.mark.parametrize("family", FROM_TRANSFORMERS)
-def test_transformers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, make_inputs = FAMILIES[family]()
-    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    layers = sum(hasattr(m, "A_log") for m in model.modules())
-    monkeypatch.setattr(modeling, "mamba2_chunk_scan", plain(modeling.mamba2_chunk_scan))
-    inputs = make_inputs(2, 19, True)
-    raised = Raiser(model, [IDIOM])
-    with torch.no_grad():
-        actual, expected = raised.run(**inputs), model(**inputs)
-    for a, e in zip(tensors(actual.to_tuple()), tensors(expected.to_tuple()), strict=True):
-        close(a, e, "zoo_fp32")
-    assert raised.count("ssd_scan") == raised.nodes("ssd_scan") == layers
-    assert raised.reasons == []
