@@ -128,21 +128,21 @@ def _assemble(
     labels: Labels, dims: Dims, keys: Dim, scores: Scores, soft: Softmax, result: _Result
 ) -> tuple[Attention, Node] | None:
     _check_users({*scores.path, *soft.nodes, *result.path}, result.node)
-    node = soft.weights
-    value, weight = _peeled(labels, result.value, None)
+    node, region = soft.weights, soft.weights.meta.get("effpass_region")
+    value, weight = _peeled(labels, result.value, None, region)
     dtype = value.node.meta["val"].dtype
     for step in result.path[:-1]:
         if torch.promote_types(_dtype(step), dtype) != _dtype(step):
             raise Missed(f"the attention weights are rounded to {_dtype(step)}", step)
-    query, first = _peeled(labels, scores.query, dtype)
-    key, second = _peeled(labels, scores.key, dtype)
+    query, first = _peeled(labels, scores.query, dtype, region)
+    key, second = _peeled(labels, scores.key, dtype, region)
     steps = scores.steps
     vectors = [o.dims for o in (query, key, value)]
     biases = [o.dims for o in operands(steps)]
     for spread in (False, True):
         groups = group(labels, dims, keys, vectors, biases, spread)
         if groups is None:
-            raise Missed("queries and keys share more than their channels", node)
+            raise Missed("the axes of queries, keys and values are not those of attention", node)
         mask = settle(steps, Placing(labels, groups), _setting(query, scores, soft), node)
         # only the CPU's fused kernel takes both a mask and grouped queries
         if not mask.steps or value.node.meta["val"].device.type == "cpu":
@@ -270,10 +270,15 @@ def _check_users(inside: set[Node], last: Node) -> None:
                 raise Missed(f"the scores are also {what}", node)
 
 
-def _peeled(labels: Labels, operand: Operand, dtype: torch.dtype | None) -> tuple[Operand, float]:
-    """What an operand is a view of, times a number; casts that widened ``dtype`` are undone."""
+def _peeled(
+    labels: Labels, operand: Operand, dtype: torch.dtype | None, region: Any
+) -> tuple[Operand, float]:
+    """What an operand is a view of, times a number; casts that widened ``dtype`` are undone.
+
+    Views made in another region, of grad mode say, stay.
+    """
     node, dims, factor = operand.node, operand.dims, 1.0
-    while node.args:
+    while node.args and node.meta.get("effpass_region") == region:
         source = argument(node, 0)
         behind = labels.behind(node, dims)
         if behind is not None:
@@ -310,7 +315,7 @@ def _last(labels: Labels, result: _Result) -> tuple[Node, Dims]:
     while len(node.users) == 1:
         user = next(iter(node.users))
         moved = labels.through(user, dims) if user.args and user.args[0] is node else None
-        if moved is None:
+        if moved is None or user.meta.get("effpass_region") != node.meta.get("effpass_region"):
             break
         node, dims = user, moved
         value = node.meta["val"]
