@@ -177,7 +177,7 @@ def _proof(proposal: Proposal, region: Region, outcome: Raising) -> str:
     """Identical layers are proven once."""
     key = (proposal.op, region.key())
     if key not in outcome.proven:
-        outcome.proven[key] = prove(proposal, region)
+        outcome.proven[key] = prove(proposal, region, thorough=outcome.proving)
     return outcome.proven[key]
 
 
