@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils import _pytree as pytree
 
-from effpass.capture.vmapped import VmapError, fold, is_vmap
+from effpass.capture.vmapped import Like, VmapError, fold, is_vmap
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 FUNCTION = torch.ops.higher_order.autograd_function_apply
@@ -70,10 +70,10 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
     constants = _constants(gm)
     bodies = {}
     for name, body, regions in _checkpoint_bodies(gm):
-        bodies[name] = _body(body, regions, mode)
+        bodies[name] = _body(body, regions, mode, _like)
     for name, body, regions in _function_bodies(gm):
         with suppress(Exception):  # it then stays as Dynamo made it
-            bodies[name] = _body(body, regions, mode)
+            bodies[name] = _body(body, regions, mode, _made_like)  # it runs without gradients
     lifted = [mode.from_tensor(t, static_shapes=True) for t in constants.values()]
     recorder = _Recorder(gm, mode, list(constants), bodies)
 
@@ -91,7 +91,7 @@ def _capture(gm: GraphModule, values: list[Any], mode: FakeTensorMode) -> GraphM
     return traced
 
 
-def _body(gm: GraphModule, regions: list[Node], mode: FakeTensorMode) -> GraphModule:
+def _body(gm: GraphModule, regions: list[Node], mode: FakeTensorMode, like: Like) -> GraphModule:
     """The captured body of a higher-order op that lies in these autocast regions."""
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
@@ -99,7 +99,7 @@ def _body(gm: GraphModule, regions: list[Node], mode: FakeTensorMode) -> GraphMo
             stack.enter_context(_region(region))
         with mode:
             unread = torch.empty(0)
-        inputs = [_like(_example(n), mode) if n.users else unread for n in _placeholders(gm)]
+        inputs = [like(_example(n), mode) if n.users else unread for n in _placeholders(gm)]
         return _capture(gm, inputs, mode)
 
 
@@ -216,16 +216,20 @@ def _fake(value: Any, mode: FakeTensorMode) -> Any:
 
 def _like(value: Any, mode: FakeTensorMode) -> Any:
     """A fake of the same size, strides, dtype, device and requires_grad in ``mode``."""
-    if not isinstance(value, Tensor):
-        return value
-    with mode:
-        made = torch.empty_strided(
-            value.size(), value.stride(), dtype=value.dtype, device=value.device
-        )
-    if value.requires_grad:
+    made = _made_like(value, mode)
+    if isinstance(value, Tensor) and value.requires_grad:
         made.requires_grad_()
         return made if value.is_leaf else made.clone()
     return made
+
+
+def _made_like(value: Any, mode: FakeTensorMode) -> Any:
+    """The same that requires no gradient."""
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        size, stride = value.size(), value.stride()
+        return torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
 
 
 def _placeholders(gm: GraphModule) -> Sequence[Node]:

@@ -41,6 +41,7 @@ Result = Value | list[Value | None] | None
 SAME = "clone contiguous alias lift_fresh_copy _to_copy to type_as"
 SHAPED = "view reshape _unsafe_view flatten unflatten squeeze unsqueeze view_as reshape_as"
 ORDERED = "transpose permute movedim moveaxis swapaxes swapdims t mT numpy_T"
+PIECES = frozenset((*SAME.split(), *SHAPED.split(), *ORDERED.split(), "slice", "expand"))
 FILLED = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), ZERO),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), ONE),
@@ -98,6 +99,9 @@ class Sight:
         code = created(node)
         if code is not None:
             return constant(code, self.shape(node))
+        if getattr(node.target, "_opname", "") in PIECES:
+            moved = self._ruled(node)
+            return moved if isinstance(moved, Value) else None
         found = constant_value(node, 1 << 16)
         if found is None or not bool(((found == 0) | (found == 1)).all()):
             return None

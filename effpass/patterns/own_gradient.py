@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from effpass.graph.clean import number_regions
@@ -46,6 +47,7 @@ from effpass.patterns.intervals import (
 )
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 
+aten = torch.ops.aten
 FUNCTION = torch.ops.higher_order.autograd_function_apply
 
 
@@ -91,7 +93,7 @@ def _forward(node: Node, index: int) -> _Forward | None:
     if body is None:
         return None
     outputs, saved = body.graph.output_node().args[0]  # type: ignore[misc]
-    body.graph.output_node().args = ((outputs[index], *saved),)  # type: ignore[index, misc]
+    _returning(body, (outputs[index], *saved))  # type: ignore[index, misc]
     functional(body)
     state, *kept = body.graph.output_node().args[0]  # type: ignore[misc]
     assert isinstance(state, Node)
@@ -126,11 +128,26 @@ def _body(node: Node, which: int) -> GraphModule | None:
     return made
 
 
+def _returning(body: GraphModule, outputs: Any) -> None:
+    """Lets a copy of a body return copies: no two outputs share memory that it writes to."""
+    graph, copies = body.graph, []
+    with graph.inserting_before(graph.output_node()):
+        for output in outputs:
+            value = output.meta.get("val") if isinstance(output, Node) else None
+            if isinstance(value, FakeTensor):
+                output = graph.call_function(aten.clone.default, (output,))
+                with value.fake_mode:
+                    output.meta["val"] = value.clone()
+            copies.append(output)
+    graph.output_node().args = (tuple(copies),)
+
+
 def _prove_backward(node: Node, forward: _Forward) -> None:
     """Raises Missed unless the backward body is the gradient of the recurrence."""
     body = _body(node, 1)
     if body is None:
         raise Missed("its backward was not captured", node)
+    _returning(body, body.graph.output_node().args[0])
     functional(body)
     given = body.graph.find_nodes(op="placeholder")
     made = body.graph.output_node().args[0]

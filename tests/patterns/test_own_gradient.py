@@ -135,3 +135,10 @@ def test_any_other_gradient_stays_the_users(gradient: Any) -> None:
     compiled = equal(module, ab(5), [*IDIOMS, associative.IDIOM])
     assert functions(compiled) == 1
     assert "not seen to be the gradient" in " ".join(compiled.reasons)
+
+
+@pytest.mark.parametrize("length", [4, 7, 16])
+def test_the_function_of_mambapy(length: int) -> None:
+    pscan = pytest.importorskip("mambapy.pscan").pscan
+    compiled = equal(Calls(lambda a, b: pscan(a, b)), ab(length), IDIOMS)
+    assert compiled.nodes("linear_recurrence") == 1 and not functions(compiled)
