@@ -74,7 +74,7 @@ class _Rewriting:
         for node in list(self.graph.nodes):
             self.emit.see(node)
             storage = self.found.of.get(node)
-            if node in self.found.root and storage in self.versions:
+            if node in self.found.results and storage in self.versions:
                 self._write(node, storage)
             elif any(self.found.of.get(n) in self.versions for n in node.all_input_nodes):
                 self._read(node)
@@ -136,10 +136,8 @@ class _Rewriting:
         changed, memory = [(view, part)], self.found.memory
         while view is not storage.base:
             parent = self.found.parent[view]
-            if not all_of(memory[view], memory[parent]):
-                change = Change(view, parent, part, lambda p=parent: self.now(p), write, self.emit)
-                part = put_back(change)
-            view = parent
+            change = Change(view, parent, part, lambda p=parent: self.now(p), write, self.emit)
+            view, part = parent, put_back(change)
             changed.append((view, part))
         changed.pop()
         base = self._settled(write, storage, part, source)
@@ -224,7 +222,7 @@ class _Rewriting:
         own = {n for n, storage in self.found.of.items() if storage in self.versions}
         own.update(self.emit.made)
         for node in reversed(list(self.graph.nodes)):
-            if node in own and not node.users and (node in self.found.root or removable(node)):
+            if node in own and not node.users and (node in self.found.results or removable(node)):
                 self.graph.erase_node(node)
 
     def _revalue(self) -> None:

@@ -17,8 +17,15 @@ from torch.utils import _pytree as pytree
 from effpass.graph.regions import region
 from effpass.graph.storages import Storages
 
-# these read the shape alone
-MADE_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided")
+# these read the shape alone, or a constant
+MADE_NEW = (
+    "lift_fresh_copy",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty_strided",
+)
 
 
 class Reach:
@@ -68,7 +75,7 @@ class Reach:
         storage = self.found.of.get(node)
         written = storage is not None and storage.written
         reached = 0
-        if (written or node.op in ("placeholder", "get_attr")) and self._differentiable(node):
+        if (written or _given(node)) and self._differentiable(node):
             reached = self._bit(storage if written else node)
         for source in sources:
             reached |= self.known[source]
@@ -76,7 +83,7 @@ class Reach:
 
     def _differentiable(self, node: Node) -> bool:
         recorded = node.op != "call_function" or self.found.modes[region(node)].grad
-        if not recorded and node not in self.found.root:  # in place, it is what it was before
+        if not recorded and node not in self.found.results:  # in place, it is what it was before
             return False
         name = getattr(node.target, "_opname", "")
         if name == "detach" or name in MADE_NEW or name.endswith("_like"):
@@ -90,3 +97,11 @@ class Reach:
 
     def _bit(self, key: object) -> int:
         return self.bits.setdefault(key, 1 << len(self.bits))
+
+
+def _given(node: Node) -> bool:
+    """An input, or an attribute that takes gradients."""
+    if node.op != "get_attr":
+        return node.op == "placeholder"
+    value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    return isinstance(value, Tensor) and value.requires_grad

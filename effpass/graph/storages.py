@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.graph.emit import same_layout, same_sizes, storage_key
-from effpass.graph.put_back import irreversible
+from effpass.graph.put_back import all_of, irreversible
 from effpass.graph.regions import Modes, region, region_modes
 from effpass.graph.writes import writes
 
@@ -70,18 +70,20 @@ class Storage:
 
 
 class Storages:
-    """All storages of a graph. ``root``: the view that an in-place op's result is; ``parent``: the
-    view or base that a view was taken of; ``memory``: values, as they share memory now."""
+    """All storages of a graph. ``results``: of in-place ops; ``root``: the view or base that these,
+    and views of all of it, are; ``parent``: the view or base that a view was taken of; ``memory``:
+    values, as they share memory now; ``stuck``: why a view cannot be written through."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.of: dict[Node, Storage] = {}
+        self.results: set[Node] = set()
         self.root: dict[Node, Node] = {}
         self.parent: dict[Node, Node] = {}
         self.memory: dict[Node, Any] = {}
         self.modes: list[Modes] = region_modes(gm)
         self.unknown: set[Node] = set()  # written, without a fake value
         self._keyed: dict[int, Storage] = {}
-        self.stuck: dict[Node, str] = {}  # why a view cannot be written through
+        self.stuck: dict[Node, str] = {}
         for node in gm.graph.nodes:
             self._add(node)
 
@@ -136,6 +138,7 @@ class Storages:
     def _view(self, node: Node, storage: Storage) -> None:
         source = node.args[0] if node.args else None
         if source in writes(node):
+            self.results.add(node)
             self.root[node] = self.rooted(source)  # type: ignore[arg-type]
             return
         if node.target is operator.getitem:  # one of the pieces of a chunk or split
@@ -144,17 +147,23 @@ class Storages:
             storage.stays(f"{node.name} shares it in an unknown way")
             return
         self.parent[node] = parent = self.rooted(source)
-        storage.elsewhere |= region(node) != region(storage.base)
+        here = region(node) == region(storage.base)
+        storage.elsewhere |= not here
         storage.stays(_view_problem(node))
-        if isinstance(node.meta["val"], Tensor):
+        value = node.meta["val"]
+        if isinstance(value, Tensor):
             stuck = irreversible(node, parent)
             self.stuck[node] = self.stuck.get(parent, "") or stuck
+            if here and not stuck and all_of(value, parent.meta["val"]):
+                self.root[node] = parent
 
     def _write_problem(self, node: Node, storage: Storage) -> str:
         """Why this write cannot become dataflow; empty if it can."""
         target, view = node.target, node.args[0] if node.args else None
         if not isinstance(target, OpOverload) or target.namespace != "aten":
             return f"{node.name} writes to it, and is not an ATen op"
+        if not writes(node):
+            return f"{node.name} writes to it without saying so"
         if not isinstance(view, Node) or writes(node) != [view]:
             return f"{node.name} writes to more than its first operand"
         if idle(node):
@@ -208,8 +217,10 @@ def out_of_place(target: OpOverload) -> OpOverload | None:
 
 
 def idle(node: Node) -> bool:
-    """Dropout in evaluation writes nothing."""
-    name = getattr(node.target, "_opname", "")
+    """Writes nothing: dropout in evaluation, and ``torch.tensor``'s way to detach a constant."""
+    name, source = getattr(node.target, "_opname", ""), node.args[0]
+    if name == "detach_":
+        return isinstance(source, Node) and source.target is aten.lift_fresh_copy.default
     return name in ("dropout_", "alpha_dropout_", "feature_dropout_") and node.args[2] is False
 
 

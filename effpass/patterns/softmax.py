@@ -64,7 +64,7 @@ def _by_logsumexp(node: Node, difference: Node) -> Softmax | None:
 
 def _by_sum(node: Node, top: Node) -> Softmax | None:
     bottom, flaw = argument(node, 1), None
-    if len(node.args) > 2 or node.kwargs:
+    if len(node.args) > 2 or node.kwargs or not isinstance(bottom, Node):
         return None
     if opname(bottom) in ("add", "clamp", "clamp_min"):
         flaw = "something is added to the sum of exponentials"

@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+import effpass
 from effpass.graph.clean import clean
 from effpass.patterns.raising import raise_ops
 from tests.patterns.programs import Input, Program
@@ -88,8 +89,37 @@ def check(program: Program, symbolic: bool = False) -> Outcome:
     return outcome
 
 
+def check_symbolic(program: Program) -> Outcome:
+    """The same with a batch size that is not fixed; run with two."""
+    return check(program, symbolic=True)
+
+
+def check_compiled(program: Program) -> Outcome:
+    """The same through ``torch.compile``, all of it; that runs the graph as it is in the end."""
+    torch._dynamo.reset()
+    compiled = torch.compile(program.function(), backend="effpass", options={"compiler": "eager"})
+    outcome = Outcome()
+    _same(compiled, run(program.function(), program), program, outcome)
+    other = program.inputs[0].shape[0] + 1  # Dynamo makes the batch a symbol
+    try:
+        expected = run(program.function(), program, other)
+    except Invalid:  # it names a batch size
+        pass
+    else:
+        outcome.batches += 1
+        _same(compiled, expected, program, outcome, other)
+    for graph in effpass.report(compiled).graphs:
+        outcome.raised.update(r.idiom for r in graph.raised)
+        outcome.ops.update(r.op for r in graph.raised)
+        outcome.reasons += tuple(m.reason for m in graph.misses)
+    broken = [reason for reason in outcome.reasons if reason.startswith("it failed")]
+    if broken:
+        raise Differs(broken[0])
+    return outcome
+
+
 def _same(
-    graph: GraphModule,
+    graph: Callable[..., Any],
     expected: Result,
     program: Program,
     outcome: Outcome,
@@ -199,6 +229,10 @@ def compare(actual: Result, expected: Result, program: Program, outcome: Outcome
         _close(a, e, row, f"output {i}")
         if a.requires_grad != e.requires_grad:
             raise Differs(f"output {i} requires_grad is {a.requires_grad}")
+        if layout(a) != layout(e):
+            raise Differs(f"output {i} has strides {a.stride()}, not {e.stride()}")
+    if _shared(actual) != _shared(expected):
+        raise Differs(f"of outputs and arguments share memory {_shared(actual)}")
     for i, (a, e) in enumerate(zip(actual.arguments, expected.arguments, strict=True)):
         _close(a, e, row, f"x{i} after the call")
     if expected.gradients is None:
@@ -208,6 +242,23 @@ def compare(actual: Result, expected: Result, program: Program, outcome: Outcome
     for i, (a, e) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
         _gradient(a, e, row, f"gradient of leaf {i}")
         outcome.compared += e is not None
+
+
+def layout(value: Tensor) -> list[int]:
+    """The dims that have more than one element, widest stride first."""
+    dims = [i for i, n in enumerate(value.shape) if n > 1]
+    return sorted(dims, key=lambda i: -value.stride(i))
+
+
+def _shared(result: Result) -> list[tuple[int, int]]:
+    """Which outputs share memory with which others, or with arguments."""
+    held = [v.untyped_storage().data_ptr() for v in (*result.outputs, *result.arguments)]
+    return [(i, j) for i in range(len(result.outputs)) for j in range(i) if held[i] == held[j]] + [
+        (i, j)
+        for i in range(len(result.outputs))
+        for j in range(len(result.outputs), len(held))
+        if held[i] == held[j]
+    ]
 
 
 def _gradient(a: Tensor | None, e: Tensor | None, row: str, name: str) -> None:

@@ -7,17 +7,29 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tests.patterns.differences import Differs, Invalid, Outcome, check
+from tests.patterns.differences import (
+    Differs,
+    Invalid,
+    Outcome,
+    check,
+    check_compiled,
+    check_symbolic,
+)
 from tests.patterns.mutants import mutant
 from tests.patterns.pieces.everything import RECIPE
 from tests.patterns.programs import Program, Recipe, write
 from tests.patterns.reduce import reduced
+
+Check = Callable[[Program], Outcome]
+WAYS: tuple[Check, ...] = (check, check, check, check, check, check_symbolic, check_compiled)
 
 
 @dataclass
@@ -56,28 +68,42 @@ class Tally:
 def one(seed: str, tally: Tally, recipe: Recipe = RECIPE) -> tuple[Program, str] | None:
     """Checks the program of a seed and, for some, a mutant; answers a failure, reduced."""
     choice = random.Random(seed)
-    symbolic = choice.randrange(4) == 0
+    way = choice.choice(WAYS)
     program = write(recipe, seed)
-    for which in (program, mutant(program, seed) if choice.randrange(2) else None):
-        if which is None:
-            continue
-        tally.counts["programs"] += 1
-        tally.counts["mutants"] += which is not program
-        try:
-            tally.add(which, check(which, symbolic))
-        except Invalid as error:
-            tally.counts["invalid"] += 1
-            tally.reasons[f"invalid: {str(error)[:100]}"] += 1
-        except Differs as error:
-            tally.counts["differs"] += 1
-            small = reduced(which, lambda p: _differs(p, symbolic), 250)
-            return small, f"{error}; symbolic batch: {symbolic}"
+    failure = _failure(program, way, tally)
+    if failure or choice.randrange(2):
+        return failure
+    changed = mutant(program, seed)
+    if changed is None:
+        return None
+    tally.counts["mutants"] += 1
+    return _failure(changed, check, tally, "mutant: ")
+
+
+def _failure(
+    program: Program, way: Check, tally: Tally, what: str = ""
+) -> tuple[Program, str] | None:
+    tally.counts["programs"] += 1
+    try:
+        outcome = way(program)
+    except Invalid as error:
+        tally.counts["invalid"] += 1
+        tally.reasons[f"invalid: {str(error)[:100]}"] += 1
+    except Differs as error:
+        tally.counts["differs"] += 1
+        quick = [other for other in (check, check_symbolic) if _differs(program, other)]
+        test = quick[0] if quick else way
+        small = reduced(program, lambda p: _differs(p, test), 250 if quick else 40)
+        return small, f"{what}{error} ({way.__name__})"
+    else:
+        tally.add(program, outcome)
+        tally.counts[f"{what}raised in {way.__name__}"] += bool(outcome.raised)
     return None
 
 
-def _differs(program: Program, symbolic: bool) -> bool:
+def _differs(program: Program, way: Check) -> bool:
     try:
-        check(program, symbolic)
+        way(program)
     except Differs:
         return True
     except Exception:
@@ -93,6 +119,7 @@ def main() -> int:
     parser.add_argument("--program", default="")
     parser.add_argument("--pieces", default="")
     given = parser.parse_args()
+    logging.disable()  # torch logs what it also raises
     tally, started = Tally(), time.monotonic()
     wanted = given.pieces.split(",")
     pieces = [p for p in RECIPE.pieces if not given.pieces or p.name in wanted]

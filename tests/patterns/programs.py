@@ -70,7 +70,6 @@ class Program:
     dtype: torch.dtype = torch.float64
     kinds: tuple[str, ...] = ()
     twists: int = 0
-    only_dynamo: bool = False
 
     def function(self) -> Callable[..., tuple[Tensor, ...]]:
         """The function; its lines are in the line cache, for reports."""

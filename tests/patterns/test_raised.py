@@ -37,6 +37,7 @@ OTHERWISE = {
     "retention": ("linear_recurrence", "its decay is a buffer: whether it has a logarithm is open"),
     "last_token_only": ("linear_recurrence", "only the last state is read, by no contraction"),
 }
+FROM_TWO = {"NegativePad"}  # it cuts off more tokens than one
 ROWS = {
     torch.float64: ("raised_fp64", "raised_fp64"),
     torch.float32: ("model_fp32", "raised_gradient_fp32"),
@@ -107,6 +108,8 @@ def test_a_longer_one_too(spelling: Spelling) -> None:
 @pytest.mark.parametrize("spelling", params([s for s in SPELLINGS if s.multiple == 1]))
 def test_few_tokens_are_right(spelling: Spelling, length: int) -> None:
     """Raised or not."""
+    if length == 1 and spelling.name in FROM_TWO:
+        pytest.skip("eager itself cannot")
     compared(spelling, length)
 
 
@@ -152,7 +155,7 @@ def test_a_soft_cap_is_recorded(model: NearMiss) -> None:
 FIXED_LENGTH = {"paper_listing", "doubling_by_pad_selective"}
 VARIED = [
     *("ShiftedSum", "NanoGpt", "Gated", "doubling_by_pad_selective", "LeftPad", "RepeatedKeys"),
-    *("upcast", "min_gru", "paper_listing", "product_and_sum"),
+    *("discretise_each_step", "min_gru", "paper_listing", "product_and_sum"),
 ]
 
 

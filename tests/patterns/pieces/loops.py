@@ -42,11 +42,16 @@ def access(w: Writer, v: str, kept: bool, wrong: bool) -> Access:
 def decay(w: Writer, x: str) -> str:
     """A tensor (b t d), or of fewer dims, or a number: what the state is multiplied with."""
     b, t, d = w.shape(x)
-    kind = w.pick("gate", "gate", "of x", "channel", "number", "time", "signed", "row", "one")
+    kind = w.pick(
+        *("gate", "gate", "of x", "channel", "number", "time", "signed", "row", "one", "rg-lru")
+    )
     if kind == "gate":
         return w.input(b, t, d, kind="gate", batched=True)
     if kind == "of x":
         return w.let(f"torch.sigmoid({x} @ {w.input(d, d)})", "a")
+    if kind == "rg-lru":
+        rate = w.let(f"F.softplus({w.input(d)}) * torch.sigmoid({x} @ {w.input(d, d)})")
+        return w.let(f"torch.exp(-2 * {rate})", "a")
     if kind == "channel":
         return w.let(f"torch.sigmoid({w.input(d)})", "a")
     if kind == "time":

@@ -32,6 +32,7 @@ def moved(w: Writer, x: str) -> str:
             f"{x}.flip(1)",
             f"{x}.roll(1, 1)",
             f"{x}.transpose(1, 2).reshape({b}, {t}, {d})",
+            f"{x}.transpose(0, 1).reshape({b}, {t}, {d})",
             f"F.pad({x}, (0, 0, 1, -1))",
             f"{x}[:, torch.arange({t - 1}, -1, -1)]",
             f"{x} * torch.arange({d}, dtype={x}.dtype)",

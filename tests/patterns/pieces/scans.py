@@ -10,7 +10,11 @@ def selective(w: Writer, x: str) -> str:
     """Mamba's: state (b d n), decay exp(dt A)."""
     b, t, d = w.shape(x)
     n, name = w.sizes.n, w.fresh("m")
-    dt = w.input(b, t, d, kind="step", batched=True)
+    dt = w.pick(
+        lambda: w.input(b, t, d, kind="step", batched=True),
+        lambda: w.let(f"F.softplus({w.input(b, t, d, batched=True)} + {w.input(d)})", "dt"),
+        lambda: w.let(f"F.softplus({x} @ {w.input(d, d)})", "dt"),
+    )
     A = w.let(f"-torch.exp({w.input(d, n)})", "A")
     B, C = (w.input(b, t, n, batched=True) for _ in range(2))
     da, db, head = (_inside if w.odds(2) else _outside)(w, x, dt, A, B)
@@ -28,7 +32,20 @@ def selective(w: Writer, x: str) -> str:
         f"h = {da} * h + {db} + h.mean(2, keepdim=True)",
     )
     start = _start(w, x, (b, d, n), f"torch.zeros({w.batch(x)}, {d}, {n}, dtype={x}.dtype)")
-    return _loop(w, x, name, [*head, f"h = {start}"], update, _read(w, x, C))
+    made = _loop(w, x, name, [*head, f"h = {start}"], update, _ended(w, x, _read(w, x, C)))
+    return w.pick(made, lambda: w.let(f"{made} + {x} * {w.input(d)}"))
+
+
+def _ended(w: Writer, x: str, y: str) -> str:
+    """What a block does to ``y`` in each step: the skip, the gate."""
+    d = w.shape(x)[-1]
+    return w.pick(
+        y,
+        y,
+        lambda: f"({y} + {x}[:, t] * {w.input(d)})",
+        lambda: f"({y}) * F.silu({x}[:, t])",
+        lambda: f"({y} + {w.input(d)} * {x}[:, t]) * torch.sigmoid({x}[:, t])",
+    )
 
 
 def _read(w: Writer, x: str, C: str) -> str:
