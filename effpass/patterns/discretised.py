@@ -199,9 +199,11 @@ def _without(factors: Sequence[Factor], taken: Sequence[Factor]) -> list[Factor]
 
 
 def _closed(roles: _Roles, known: Sequence[Label]) -> bool:
-    """Every label is one of the state's or time; B, C and A exist or are constant."""
+    """Every label is one of the state's or time, and the step sizes are the same in all states."""
     factors = (*roles.x, *roles.dt, *roles.A, *roles.B, *roles.C, *roles.outer)
-    return all(f.labels <= set(known) for f in factors) and bool(roles.channels)
+    steps_over_states = any(roles.n in f.labels for f in roles.dt)
+    inside = all(f.labels <= set(known) for f in factors)
+    return inside and bool(roles.channels) and not steps_over_states
 
 
 def _per_head(roles: _Roles) -> bool | None:

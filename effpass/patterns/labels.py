@@ -100,6 +100,8 @@ class Labels:
 
     def through(self, node: Node, dims: Dims) -> Dims | None:
         """The dims of a view, from those of its source; None where it is no (simple) view."""
+        if not isinstance(node.meta.get("val"), Tensor):
+            return None  # unbind, say
         name, shape = opname(node), node.meta["val"].shape
         if name in KEEPS:
             return dims

@@ -140,13 +140,13 @@ def arguments(node: Node) -> dict[str, Any]:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {}
-    names = _defaults(schema)
+    names = _defaults(node.target)
     return dict(names) | node.kwargs | dict(zip((n for n, _ in names), node.args, strict=False))
 
 
 @functools.lru_cache(maxsize=1024)
-def _defaults(schema: torch.FunctionSchema) -> tuple[tuple[str, Any], ...]:
-    return tuple((a.name, a.default_value) for a in schema.arguments)
+def _defaults(target: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((a.name, a.default_value) for a in target._schema.arguments)
 
 
 def sizes(node: Node) -> list[int]:

@@ -102,7 +102,12 @@ def _compare(proposal: Proposal, region: Region, values: Sequence[Any]) -> tuple
         except RuntimeError as error:
             raise Missed(f"the region cannot be run alone: {error}", region.outputs[0]) from error
         replacement = proposal.reference or proposal.build
-        made = list(replacement(*values[: len(proposal.inputs)]))
+        try:
+            made = list(replacement(*values[: len(proposal.inputs)]))
+        except RuntimeError as error:
+            raise Missed(
+                f"the op cannot be run on its inputs: {error}", region.outputs[0]
+            ) from error
     worst = 0.0
     for node, want, have in zip(region.outputs, wanted, made, strict=True):
         worst = max(worst, _difference(node, want, have))

@@ -170,6 +170,8 @@ class Rolled:
             elif source.source is not None:
                 values[argument] = env[Slices(source, back)]
             elif back:
+                if (source.number, back) not in known:
+                    raise Missed("a value of the step before is read that is not the state", node)
                 values[argument] = known[source.number, back]
             else:
                 values[argument] = self._value(source, env, known)
