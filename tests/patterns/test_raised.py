@@ -38,6 +38,9 @@ OTHERWISE = {
     "last_token_only": ("linear_recurrence", "only the last state is read, by no contraction"),
 }
 FROM_TWO = {"NegativePad"}  # it cuts off more tokens than one
+# loops over chunks whose last one is shorter, at some lengths: not raised, for this reason
+UNCLEAR = "it is unclear which tensor reads the state"
+SHORT_CHUNKS = {("chunk_loop", 16), ("nothing_wrong_in_a_loop", 5)}
 ROWS = {
     torch.float64: ("raised_fp64", "raised_fp64"),
     torch.float32: ("model_fp32", "raised_gradient_fp32"),
@@ -92,15 +95,23 @@ def check_ops(raiser: Raiser, spelling: Spelling, graphs: int = 1) -> None:
     assert not any(others.values()), others
 
 
+def check_raised(spelling: Spelling, length: int) -> None:
+    raiser = compared(spelling, length)
+    if (spelling.name, length) in SHORT_CHUNKS:
+        assert raiser.reasons == [UNCLEAR]
+    else:
+        check_ops(raiser, spelling)
+
+
 @pytest.mark.parametrize("spelling", params(SPELLINGS))
 def test_a_spelling_is_raised(spelling: Spelling) -> None:
-    check_ops(compared(spelling, 5), spelling)
+    check_raised(spelling, 5)
 
 
 @SLOW
 @pytest.mark.parametrize("spelling", params(SPELLINGS))
 def test_a_longer_one_too(spelling: Spelling) -> None:
-    check_ops(compared(spelling, 16), spelling)
+    check_raised(spelling, 16)
 
 
 @SLOW
