@@ -23,7 +23,10 @@ test-fast: $(VENV)/.test compiler
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.test compiler
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow $(TESTS)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow --ignore=tests/patterns --ignore=tests/graph $(TESTS)
+
+test-long: install  ## the long tables and random programs of patterns: about half an hour
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/patterns tests/graph
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

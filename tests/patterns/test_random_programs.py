@@ -142,7 +142,8 @@ def test_a_wrong_idiom_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Differs, match="output 0: off by"):
             way(program)
     small = reduced(program, lambda p: _fails(p), 100)
-    assert small.text == "def program(x0):\n    b = x0.cumsum(1)\n    return (b,)\n"
+    assert "x0.cumsum(1)" in small.text
+    assert "tanh" not in small.text and "x1" not in small.text
 
 
 def _fails(program: Program) -> bool:
