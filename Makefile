@@ -11,7 +11,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast test-slow lint bench compiler clean
+.PHONY: demo test test-fast test-slow test-long lint bench compiler clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.test compiler
@@ -25,7 +25,7 @@ test-fast: $(VENV)/.test compiler
 test-slow: $(VENV)/.test compiler
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow --ignore=tests/patterns --ignore=tests/graph $(TESTS)
 
-test-long: install  ## the long tables and random programs of patterns: about half an hour
+test-long: $(VENV)/.test compiler
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/patterns tests/graph
 
 lint: $(VENV)/.dev
