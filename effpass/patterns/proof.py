@@ -39,11 +39,15 @@ def prove(proposal: Proposal, region: Region, thorough: bool = True) -> str:
     changed = _consistent(region, later, derived)
     second, other = _compare(proposal, region, changed)
     pairs = zip(region.inputs, given, changed, strict=True)
-    if all(torch.equal(a, b) for node, a, b in pairs if node in derived):
+    if all(_same(a, b) for node, a, b in pairs if node in derived):
         _causal(proposal, region, first, second)  # else a state is made of later tokens
     full = [_draw(node, proposal, generator, 1.0) for node in region.inputs]
     _, third = _compare(proposal, region, _consistent(region, full, derived))
     return f"equal within {max(worst, other, third):.0e} on three random inputs in float64"
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b  # a size is a number
 
 
 def _pairs(region: Region, values: list[Any]) -> list[tuple[Node, Any]]:
