@@ -1,5 +1,5 @@
 """Raising: mathematics found in plain graphs and replaced by ops, one file an idiom.
 
-This version raises at the front door only (``effpass.capture.known``): what arrives through no
-known function is compiled as it was captured.
+What several idioms read a graph with lies in folders, named for what they read: ``loops``,
+``scans``, ``products``, ``chunks``, ``taps``, ``labels`` and ``softmax``.
 """

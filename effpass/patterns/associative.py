@@ -3,7 +3,7 @@
 Halving (Blelloch), doubling (Hillis-Steele), up and down sweeps, divide and conquer, and what
 ``associative_scan`` expands into, all apply (a1, b1), (a2, b2) -> (a1 a2, a2 b1 + b2) to pieces of
 time. Whichever pieces: the first combine says which tensors may be a and b, and every node behind
-them is then followed in terms of intervals of time (``effpass.patterns.intervals``). A node that is
+them is then followed in terms of intervals of time (``scans.intervals``). A node that is
 W(0, t, t) at every t is h[t] = a[t] h[t-1] + b[t], by construction: a wrong combine, a wrong shift
 or a cut through the channels never gets there.
 """
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns.broken_scans import explain
-from effpass.patterns.combines import (
+from effpass.patterns.proposal import Idiom, Proposal
+from effpass.patterns.scans.broken_scans import explain
+from effpass.patterns.scans.combines import (
     Leaves,
     combines,
     first_combines,
@@ -28,9 +29,8 @@ from effpass.patterns.combines import (
     readings,
     whole,
 )
-from effpass.patterns.interval_rules import Sight, created
-from effpass.patterns.intervals import ONE, TIME, ZERO, Value
-from effpass.patterns.proposal import Idiom, Proposal
+from effpass.patterns.scans.interval_rules import Sight, created
+from effpass.patterns.scans.intervals import ONE, TIME, ZERO, Value
 
 
 def check(node: Node) -> Proposal | None:

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.emit import same_sizes
-from effpass.patterns.bounds import fixed_value
-from effpass.patterns.contraction import contraction, is_float
-from effpass.patterns.labels import Dim, Dims, Labels, argument, opname
-from effpass.patterns.mask_facts import Setting, settle
-from effpass.patterns.masks import Operand, operands
+from effpass.patterns.labels.contraction import contraction, is_float
+from effpass.patterns.labels.labels import Dim, Dims, Labels, argument, opname
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.scores import CASTS, Reader, Scores, dropout, number
-from effpass.patterns.sdpa import Attention, Placing, group
-from effpass.patterns.softmax import Softmax, is_softmax, softmax
+from effpass.patterns.softmax.bounds import fixed_value
+from effpass.patterns.softmax.mask_facts import Setting, settle
+from effpass.patterns.softmax.masks import Operand, operands
+from effpass.patterns.softmax.scores import CASTS, Reader, Scores, dropout, number
+from effpass.patterns.softmax.sdpa import Attention, Placing, group
+from effpass.patterns.softmax.softmax import Softmax, is_softmax, softmax
 
 # these read the shape of a tensor alone
 BY_SIZE = ("sym_size", "zeros_like", "ones_like", "full_like")

@@ -17,14 +17,23 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns import multilinear_views as views
-from effpass.patterns.factors import Unreadable
-from effpass.patterns.growth import MULTIPLIED, Growth, grow
-from effpass.patterns.log_decay import cumulative_sum, is_layout, log_decay
-from effpass.patterns.multilinear import SHAPED, Reader, Term, is_size, opname
+from effpass.patterns.chunks import multilinear_views as views
+from effpass.patterns.chunks.factors import Unreadable
+from effpass.patterns.chunks.growth import MULTIPLIED, Growth, grow
+from effpass.patterns.chunks.log_decay import cumulative_sum, is_layout, log_decay
+from effpass.patterns.chunks.multilinear import SHAPED, Reader, Term, is_size, opname
+from effpass.patterns.chunks.ssd_call import Call, in_chunks
+from effpass.patterns.chunks.ssd_roles import (
+    TIME,
+    Axes,
+    Naming,
+    Roles,
+    flat,
+    length,
+    main_term,
+    roles,
+)
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.ssd_call import Call, in_chunks
-from effpass.patterns.ssd_roles import TIME, Axes, Naming, Roles, flat, length, main_term, roles
 
 TOTAL_DECAY = 6.0  # drawn inputs decay to exp(-6) or so from the first token to the last
 

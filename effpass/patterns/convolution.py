@@ -4,7 +4,7 @@
 
 A library convolution between pads and slices, shifted copies that are multiplied and added,
 windows, a state joined in front, one step of decoding: all are followed as sums of shifted tokens
-(``effpass.patterns.shifted``), which says exactly which tokens each output reads. What reads a
+(``effpass.patterns.taps.shifted``), which says exactly which tokens each output reads. What reads a
 token of the future, or has no such form, is left alone.
 """
 
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-import effpass.patterns.shift_moves  # noqa: F401  registers its rules
+import effpass.patterns.taps.shift_moves  # noqa: F401  registers its rules
 from effpass.graph.region import constant
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.shift_follow import Follower, arguments, opname, sizes_behind
-from effpass.patterns.shift_sums import geometry
-from effpass.patterns.shifted import ONE, Value
-from effpass.patterns.tap_build import TIME, Plan
-from effpass.patterns.tap_leaves import leaves
-from effpass.patterns.taps import LENGTH, TOKENWISE, Leaf, Taps, Unlike, read, settled
+from effpass.patterns.taps.shift_follow import Follower, arguments, opname, sizes_behind
+from effpass.patterns.taps.shift_sums import geometry
+from effpass.patterns.taps.shifted import ONE, Value
+from effpass.patterns.taps.tap_build import TIME, Plan
+from effpass.patterns.taps.tap_leaves import leaves
+from effpass.patterns.taps.taps import LENGTH, TOKENWISE, Leaf, Taps, Unlike, read, settled
 
 CONVOLUTIONS = ("conv1d", "convolution")
 SHIFTS = ("pad", "constant_pad_nd", "roll", "unfold", "cat", "slice_scatter", "select_scatter")

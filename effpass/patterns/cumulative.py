@@ -17,9 +17,9 @@ from dataclasses import replace
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns.algebra import RULES, Dims, Label, fresh, resolved, shape
-from effpass.patterns.cumulative_build import Match, call
-from effpass.patterns.monomials import (
+from effpass.patterns.products.algebra import RULES, Dims, Label, fresh, resolved, shape
+from effpass.patterns.products.cumulative_build import Match, call
+from effpass.patterns.products.monomials import (
     Key,
     Monomial,
     Reader,
@@ -29,7 +29,7 @@ from effpass.patterns.monomials import (
     rooted,
 )
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.shift_follow import arguments, opname
+from effpass.patterns.taps.shift_follow import arguments, opname
 
 SUMS = ("cumsum", "logcumsumexp")
 STEPS = ("mul", "div", "add", "sub", "exp", "to", "_to_copy")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.region import constant
-from effpass.patterns.algebra import (
+from effpass.patterns.products.algebra import (
     RULES,
     VIEWS,
     Dims,
@@ -31,7 +31,7 @@ from effpass.patterns.algebra import (
     fresh,
     resolved,
 )
-from effpass.patterns.arranger import Arranger
+from effpass.patterns.products.arranger import Arranger
 from effpass.patterns.proposal import Idiom, Proposal
 
 aten = torch.ops.aten

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from effpass.graph.emit import same_sizes
-from effpass.patterns.activations import activate, recognise
-from effpass.patterns.labels import RESHAPES, argument, opname
-from effpass.patterns.projections import Projection, part, projection, through
+from effpass.patterns.labels.activations import activate, recognise
+from effpass.patterns.labels.labels import RESHAPES, argument, opname
+from effpass.patterns.labels.projections import Projection, part, projection, through
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.scores import number
+from effpass.patterns.softmax.scores import number
 
 ELEMENTWISE = frozenset(
     (

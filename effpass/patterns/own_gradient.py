@@ -23,7 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 from effpass.graph.clean import number_regions
 from effpass.graph.functional import functional
 from effpass.patterns.associative import proposal
-from effpass.patterns.combines import (
+from effpass.patterns.proposal import Idiom, Missed, Proposal
+from effpass.patterns.scans.combines import (
     Leaves,
     combines,
     first_combines,
@@ -33,8 +34,8 @@ from effpass.patterns.combines import (
     readings,
     sight_of,
 )
-from effpass.patterns.interval_rules import Sight
-from effpass.patterns.intervals import (
+from effpass.patterns.scans.interval_rules import Sight
+from effpass.patterns.scans.intervals import (
     PRODUCT,
     SUM,
     UNKNOWN,
@@ -45,7 +46,6 @@ from effpass.patterns.intervals import (
     products,
     sums,
 )
-from effpass.patterns.proposal import Idiom, Missed, Proposal
 
 aten = torch.ops.aten
 FUNCTION = torch.ops.higher_order.autograd_function_apply

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns.loop import loop_of
+from effpass.patterns.loops.loop import loop_of
+from effpass.patterns.loops.rolled import Rolled
+from effpass.patterns.loops.steps import FEWEST, steps_of
 from effpass.patterns.proposal import Idiom, Proposal
-from effpass.patterns.rolled import Rolled
-from effpass.patterns.steps import FEWEST, steps_of
 
 
 def find(graph: Graph) -> Iterator[Node]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effpass.patterns.chunked import IDIOM
-from effpass.patterns.ssd_call import as_op, in_chunks
+from effpass.patterns.chunks.ssd_call import as_op, in_chunks
 from tests.patterns.raising import Raiser, equal, tensors
 from tests.patterns.spellings import chunked, chunked_near_misses, cumulative, gated
 from tests.patterns.spellings.chunked import segsum_difference, segsum_stable

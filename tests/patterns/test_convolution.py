@@ -15,7 +15,7 @@ from effpass.capture.dynamo import capture
 from effpass.graph.clean import clean
 from effpass.patterns.convolution import IDIOM
 from effpass.patterns.raising import Raising, raise_ops
-from effpass.patterns.shift_follow import is_zero
+from effpass.patterns.taps.shift_follow import is_zero
 from tests.patterns.raising import Raiser, equal, tensors
 from tests.patterns.spellings import convolution_near_misses, convolutions, shifts
 from tests.patterns.spellings.spelling import NearMiss, Spelling, tokens

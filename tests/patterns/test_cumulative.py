@@ -15,8 +15,8 @@ from effpass.capture.dynamo import capture
 from effpass.graph.clean import clean
 from effpass.patterns import discretised
 from effpass.patterns.cumulative import IDIOM
+from effpass.patterns.products.ramps import counted, is_ramp
 from effpass.patterns.raising import Raising, raise_ops
-from effpass.patterns.ramps import counted, is_ramp
 from tests.patterns.raising import Raiser, equal, tensors
 from tests.patterns.spellings import cumulative, parallel_near_misses
 from tests.patterns.spellings.spelling import NearMiss, Spelling, tokens

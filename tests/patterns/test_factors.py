@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from effpass.patterns.factors import (
+from effpass.patterns.chunks.factors import (
     Classes,
     Factor,
     Key,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effpass.patterns.interval_rules import Sight
-from effpass.patterns.intervals import (
+from effpass.patterns.scans.interval_rules import Sight
+from effpass.patterns.scans.intervals import (
     FREE,
     PRODUCT,
     SUM,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effpass.patterns.bounds import values
-from effpass.patterns.contraction import Contraction, contraction
-from effpass.patterns.labels import Dims, Labels
-from effpass.patterns.layout import arrange, sizes
+from effpass.patterns.labels.contraction import Contraction, contraction
+from effpass.patterns.labels.labels import Dims, Labels
+from effpass.patterns.labels.layout import arrange, sizes
+from effpass.patterns.softmax.bounds import values
 
 
 def last(function: Callable[..., Tensor], *args: Tensor) -> Node:

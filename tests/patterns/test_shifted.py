@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import effpass.patterns.shift_moves
-import effpass.patterns.shift_sums  # noqa: F401
-from effpass.patterns.shift_follow import Follower
-from effpass.patterns.shifted import ONE, ZERO, Value
-from effpass.patterns.taps import Leaf
+import effpass.patterns.taps.shift_moves
+import effpass.patterns.taps.shift_sums  # noqa: F401
+from effpass.patterns.taps.shift_follow import Follower
+from effpass.patterns.taps.shifted import ONE, ZERO, Value
+from effpass.patterns.taps.taps import Leaf
 from tests.tolerances import close
 
 Step = Callable[[random.Random, Tensor, Tensor], Tensor]

@@ -1,0 +1,1 @@
+"""Chunked scans read back: dims as factors, decays, sums of products, and the roles of tensors."""

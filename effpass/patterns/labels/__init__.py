@@ -1,0 +1,1 @@
+"""Which dim of one tensor is which of another: views, contractions, projections, activations."""

@@ -1,0 +1,1 @@
+"""What stands around a softmax: scores, masks and bounds, and the call of attention it becomes."""
