@@ -10,8 +10,10 @@ TORCH ?= 2.13.0
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
+# one process a core, of one thread each; a test that needs more threads sets them
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4
 
-.PHONY: demo test test-fast test-slow test-long lint bench compiler clean
+.PHONY: demo test test-fast test-slow lint bench compiler clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.test compiler
@@ -20,13 +22,10 @@ demo: $(VENV)/.test compiler
 test: test-fast test-slow
 
 test-fast: $(VENV)/.test compiler
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 test-slow: $(VENV)/.test compiler
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow --ignore=tests/patterns --ignore=tests/graph $(TESTS)
-
-test-long: $(VENV)/.test compiler
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -m slow tests/patterns tests/graph
+	$(PYTEST) -m slow $(TESTS)
 
 lint: $(VENV)/.dev
 	$(RUN) -m ruff check

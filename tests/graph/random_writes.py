@@ -128,7 +128,7 @@ def _step(pool: list[Tensor], outputs: list[Tensor], x: Tensor, y: Tensor, pick:
             outputs.append(t * 2 if pick(2) else t.sum())
         else:
             pool.append(MAKE[pick(len(MAKE))](pool[-1] if pick(2) else y))
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, ValueError, UserWarning) as error:  # eager warns or raises
         raise Rejected from error
 
 
