@@ -35,6 +35,7 @@ class Sizes:
     full_layers: int = 24
     full_vocabulary: int = 50280
     own_width: int = 256
+    own_narrow: int = 64
     own_layers: int = 2
     own_tokens: int = 256
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
@@ -55,6 +56,7 @@ QUICK = Sizes(
     full_layers=2,
     full_vocabulary=128,
     own_width=32,
+    own_narrow=16,
     own_layers=1,
     own_tokens=16,
     lengths=(16, 24, 32, 48),
@@ -202,7 +204,15 @@ def _decoding(s: Sizes) -> Job:
 
 
 def _loop(s: Sizes) -> Job:
-    model, x = LoopModel(s.own_width, s.own_layers).eval(), _embedded(s)
+    return _loop_of(s.own_width, s)
+
+
+def _loop_narrow(s: Sizes) -> Job:
+    return _loop_of(s.own_narrow, s)
+
+
+def _loop_of(width: int, s: Sizes) -> Job:
+    model, x = LoopModel(width, s.own_layers).eval(), _embedded(s, width)
 
     def call(function: Callable[..., Any]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -212,7 +222,7 @@ def _loop(s: Sizes) -> Job:
 
 
 def _loop_training(s: Sizes) -> Job:
-    model, x = LoopModel(s.own_width, s.own_layers), _embedded(s)
+    model, x = LoopModel(s.own_width, s.own_layers), _embedded(s, s.own_width)
 
     def call(function: Callable[..., Any]) -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
@@ -224,9 +234,9 @@ def _loop_training(s: Sizes) -> Job:
     return Job(model, call)
 
 
-def _embedded(s: Sizes) -> Tensor:
+def _embedded(s: Sizes, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(s.own_tokens)
-    return torch.randn(1, s.own_tokens, s.own_width, generator=generator)
+    return torch.randn(1, s.own_tokens, width, generator=generator)
 
 
 def _bert(s: Sizes) -> Job:
@@ -271,11 +281,17 @@ CASES: dict[str, Case] = {
     "mamba1_decoding": Case("Mamba-1 decoding step with cache", _decoding, Goals(2.5, 1.0)),
     "bert": Case("BERT-base shape, 4 x 128 tokens", _bert),
     "minilm": Case("MiniLM (real weights), 32 real sentences", _minilm),
+    "loop_narrow": Case(
+        "Research code, 64 wide, loop of 256 steps, forward",
+        _loop_narrow,
+        Goals(20.0, 1.0),
+        own=True,
+    ),
     "loop_forward": Case(
-        "Research code, loop of 256 steps, forward", _loop, Goals(20.0, 1.0), own=True
+        "Research code, 256 wide, loop of 256 steps, forward", _loop, Goals(20.0, 1.0), own=True
     ),
     "loop_training": Case(
-        "Research code, loop of 256 steps, training step", _loop_training, own=True
+        "Research code, 256 wide, loop of 256 steps, training step", _loop_training, own=True
     ),
     "mamba1_full": Case("Mamba-1, 24 layers, 50k vocabulary", _full(_mamba1), full=True),
     "mamba2_full": Case("Mamba-2, 24 layers, 50k vocabulary", _full(_mamba2), full=True),
