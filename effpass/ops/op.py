@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -21,9 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from effpass.axes.notation import Axes
+from effpass.axes.relation import Kind
+from effpass.axes.rules import ops as axes_of_ops
 
 Refusal = Callable[..., str | None]
 OPS: dict[str, Op] = {}
+SCAN = {"t": Kind.ORDERED}
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
 
@@ -153,12 +156,15 @@ def op(
     backward: Callable[..., Any],
     state_dtype: Callable[[torch.dtype], torch.dtype] | None = None,
     check: Callable[..., None] | None = None,
+    kinds: Mapping[str, Kind] = SCAN,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Makes an Op of a reference function.
 
     ``axes`` names every dimension (see ``effpass.axes.notation``). ``backward(*grads, *arguments)``
     is the gradient as a formula. The first output has the first argument's dtype, later ones
     ``state_dtype`` of it (default: at least float32). ``check`` may refuse more than shapes say.
+    ``kinds``: what the op does along axes that are neither free nor folded (default: ordered along
+    the tokens).
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -173,6 +179,7 @@ def op(
         )
         functools.update_wrapper(made, reference)
         OPS[made.name] = made
+        axes_of_ops.register(made.name, made.axes, kinds)
         _register(made, "effpass", _first_willing(made), _first_willing(made, backward=True))
         inline = _register(made, "effpass_inline", _contiguous(reference), _contiguous(backward))
         made.lowerings.append(Lowering("inline", reference, backward, lambda *_: None, inline))

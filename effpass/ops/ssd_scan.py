@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from effpass.ops.op import accumulate_dtype, empty_gradient, op, sequences
+from effpass.axes.relation import Kind
+from effpass.ops.op import SCAN, accumulate_dtype, empty_gradient, op, sequences
 from effpass.ops.step_sizes import step_sizes
 
 
@@ -121,6 +122,7 @@ def _check(*, sizes: dict[str, Any], dt_min: float, dt_max: float | None, **_: A
     "initial_state: s h p n -> y: b t h p; final_state: s h p n",
     backward=_backward,
     check=_check,
+    kinds={**SCAN, "h": Kind.BOUND},  # heads belong to groups
 )
 def ssd_scan(
     x: Tensor,

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from effpass.axes.contraction import contraction, is_float
+from effpass.axes.labels import Dim, Dims, Labels, argument, opname
 from effpass.graph.emit import same_sizes
-from effpass.patterns.labels.contraction import contraction, is_float
-from effpass.patterns.labels.labels import Dim, Dims, Labels, argument, opname
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 from effpass.patterns.softmax.bounds import fixed_value
 from effpass.patterns.softmax.mask_facts import Setting, settle

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from effpass.axes.labels import RESHAPES, argument, opname
 from effpass.graph.emit import same_sizes
-from effpass.patterns.labels.activations import activate, recognise
-from effpass.patterns.labels.labels import RESHAPES, argument, opname
-from effpass.patterns.labels.projections import Projection, part, projection, through
+from effpass.patterns.blocks.activations import activate, recognise
+from effpass.patterns.blocks.projections import Projection, part, projection, through
 from effpass.patterns.proposal import Idiom, Missed, Proposal
 from effpass.patterns.softmax.scores import number
 

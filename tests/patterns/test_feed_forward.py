@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from effpass.patterns.blocks.activations import NAMED, recognise
 from effpass.patterns.feed_forward import IDIOM
-from effpass.patterns.labels.activations import NAMED, recognise
 from effpass.patterns.raising import recorded
 from tests.patterns.raising import Raiser, equal
 from tests.patterns.spellings import feed_forward, feed_forward_near_misses

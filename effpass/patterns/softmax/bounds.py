@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from effpass.axes.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, argument, opname
 from effpass.graph.region import constant
-from effpass.patterns.labels.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, argument, opname
 
 Values = frozenset[float]
 # by name: nodes would keep their graph alive

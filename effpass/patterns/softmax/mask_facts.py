@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns.labels.labels import Dims
+from effpass.axes.labels import Dims
 from effpass.patterns.proposal import Missed
 from effpass.patterns.softmax.bounds import fixed_value, lowest, terms, values
 from effpass.patterns.softmax.masks import Added, Filled, Floor, Operand, Step, bias, operands

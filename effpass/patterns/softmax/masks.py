@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.labels.labels import Dims
+from effpass.axes.labels import Dims
 
 
 @dataclass(frozen=True)

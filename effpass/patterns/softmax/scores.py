@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from effpass.patterns.labels.contraction import Contraction, contraction, is_float
-from effpass.patterns.labels.labels import Dim, Dims, Labels, aligned, argument, opname
+from effpass.axes.contraction import Contraction, contraction, is_float
+from effpass.axes.labels import Dim, Dims, Labels, aligned, argument, opname
 from effpass.patterns.proposal import Missed
 from effpass.patterns.softmax.bounds import fixed_value
 from effpass.patterns.softmax.masks import Added, Filled, Floor, Operand, Step

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.labels.labels import Dim, Dims, Labels, expression, single
-from effpass.patterns.labels.layout import arrange, sizes
+from effpass.axes.labels import Dim, Dims, Labels, expression, single
+from effpass.patterns.blocks.layout import arrange, sizes
 from effpass.patterns.proposal import Missed
 from effpass.patterns.softmax.mask_facts import Mask, lost
 from effpass.patterns.softmax.masks import Operand, Step, bias, operands

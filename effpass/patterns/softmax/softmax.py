@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from effpass.patterns.labels.labels import EXPANDS, KEEPS, argument, opname
+from effpass.axes.labels import EXPANDS, KEEPS, argument, opname
 
 OPS = ("softmax", "_softmax", "special_softmax")
 LOGS = ("log_softmax", "_log_softmax", "special_log_softmax")

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.labels.labels import Dim, Dims, Labels, argument, opname, single
+from effpass.axes.labels import Dim, Dims, Labels, argument, opname, single
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from effpass.patterns.labels.labels import Dim, Dims, Labels, expression
+from effpass.axes.labels import Dim, Dims, Labels, expression
 
 Sizes = Mapping[int, Any]
 

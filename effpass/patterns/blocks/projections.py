@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.contraction import contraction, is_float
+from effpass.axes.labels import KEEPS, RESHAPES, argument, opname
 from effpass.graph.emit import same_sizes
-from effpass.patterns.labels.contraction import contraction, is_float
-from effpass.patterns.labels.labels import KEEPS, RESHAPES, argument, opname
 
 CASTS = ("to", "_to_copy", "type_as")
 FLIPS = ("t", "transpose", "permute", "numpy_T", "mT", "swapaxes")

@@ -66,10 +66,10 @@ class Labels:
                 if not pending:
                     return None
                 label = pending.pop(0)
-                if (rest := _quotient(missing, self.sizes[label])) is not None:
+                if (rest := quotient(missing, self.sizes[label])) is not None:
                     missing = rest
-                elif (rest := _quotient(self.sizes[label], missing)) is not None:
-                    label, inner = self._cut(label, missing, rest)
+                elif (rest := quotient(self.sizes[label], missing)) is not None:
+                    label, inner = self.cut(label, missing, rest)
                     pending.insert(0, inner)
                     missing = sympy.Integer(1)
                 else:
@@ -113,7 +113,8 @@ class Labels:
         self.sizes.append(size)
         return len(self.sizes) - 1
 
-    def _cut(self, label: int, outer: sympy.Expr, inner: sympy.Expr) -> Dim:
+    def cut(self, label: int, outer: sympy.Expr, inner: sympy.Expr) -> Dim:
+        """Cuts a label in two, everywhere; answers the parts."""
         self.parts[label] = (self._new(outer), self._new(inner))
         return self.parts[label]
 
@@ -158,7 +159,7 @@ def aligned(dims: Dims, shape: Sequence[Any]) -> Dims:
     return tuple(() if single(size) else dim for size, dim in zip(shape, last, strict=True))
 
 
-def _quotient(size: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
+def quotient(size: sympy.Expr, by: sympy.Expr) -> sympy.Expr | None:
     """``size / by`` where that is a whole number for certain."""
     ratio = sympy.cancel(size / by)
     if ratio.is_number:

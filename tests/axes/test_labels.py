@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from effpass.patterns.labels.contraction import Contraction, contraction
-from effpass.patterns.labels.labels import Dims, Labels
-from effpass.patterns.labels.layout import arrange, sizes
+from effpass.axes.contraction import Contraction, contraction
+from effpass.axes.labels import Dims, Labels
+from effpass.patterns.blocks.layout import arrange, sizes
 from effpass.patterns.softmax.bounds import values
 
 

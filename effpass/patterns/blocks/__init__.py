@@ -1,0 +1,1 @@
+"""Parts of Transformer blocks: projections, activations by name, layouts of heads."""

@@ -1,1 +1,0 @@
-"""Which dim of one tensor is which of another: views, contractions, projections, activations."""
