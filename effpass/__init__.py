@@ -10,7 +10,8 @@ from effpass.debug import dump
 from effpass.explain import explain
 from effpass.ledger import report
 from effpass.report import Report
+from effpass.rows import PackedDataset, pack
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Report", "dump", "explain", "ops", "report"]
+__all__ = ["Config", "PackedDataset", "Report", "dump", "explain", "ops", "pack", "report"]

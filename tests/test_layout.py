@@ -16,7 +16,7 @@ ENVIRONMENT = {"EFFPASS_CACHE_DIR"}
 # lowest first: a module imports from rows above its own, and from its own component
 LAYERS: list[set[str]] = [
     {"report", "config"},
-    {"axes", "graph"},
+    {"axes", "graph", "rows"},
     {"ops"},
     {"patterns", "passes", "fit", "capture", "lowering"},
     {"lower", "ledger", "debug"},
