@@ -146,17 +146,18 @@ class PackedDataset(IterableDataset[Row]):
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, start, finished = self._shared[: FINISHED + 1].tolist()
-        # asked of one worker only: another may begin after the first is through
-        if start and finished and first == 0:
-            raise RuntimeError(
-                f"epoch {epoch} was resumed at step {start} and is finished: call "
-                f"set_epoch({epoch + 1}) before the next pass, or it would lack its first rows"
-            )
         self._shared[IN_WORKERS] = worker is not None
         self._used = start
-        return self._rows(epoch, range(start + first, len(self._plan(epoch).steps), stride))
+        steps = range(start + first, len(self._plan(epoch).steps), stride)
+        # asked of one worker only: another may begin after the first is through
+        return self._rows(epoch, steps, partial=bool(start and finished and first == 0))
 
-    def _rows(self, epoch: int, steps: range) -> Iterator[Row]:
+    def _rows(self, epoch: int, steps: range, partial: bool) -> Iterator[Row]:
+        if partial:
+            raise RuntimeError(
+                f"epoch {epoch} was resumed at step {steps.start} and is finished: call "
+                f"set_epoch({epoch + 1}) before the next pass, or it would lack its first rows"
+            )
         for step in steps:
             row = self._row(epoch, step)
             self._used = step + 1

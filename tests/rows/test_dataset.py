@@ -1,6 +1,7 @@
 """``PackedDataset``: epochs, workers, ranks and resuming; no sequence lost, none given twice."""
 
 import copy
+import gc
 import json
 import pickle
 from collections import Counter
@@ -147,6 +148,7 @@ def test_resuming_with_workers(before: int, after: int) -> None:
     assert seen(rows) == whole[5:]
     with pytest.raises(RuntimeError, match=r"resumed at step 5 and is finished.*set_epoch\(1\)"):
         list(rows)
+    gc.collect()  # torch stops workers that raised slowly once others were forked
     resumed.set_epoch(1)
     assert len(seen(rows)) == len(resumed)
 
@@ -197,7 +199,7 @@ def test_the_state_of_other_sequences_is_refused() -> None:
     others = effpass.PackedDataset([*SEQUENCES[1:], SEQUENCES[0]], MAX, shuffle=True)
     with pytest.raises(ValueError, match="checksum_of_lengths"):
         others.load_state_dict(state)
-    with pytest.raises(ValueError, match="seed None .here 0."):
+    with pytest.raises(ValueError, match="seed None"):
         packed().load_state_dict({"epoch": 0, "step": 0})
     for wrong in ({"checksum_of_rows": 0}, {"step": 10**6}, {"step": -1}):
         with pytest.raises(ValueError, match="packs in another way"):
