@@ -67,7 +67,9 @@ def test_readme_table_is_the_measured_one() -> None:
 def test_pages_of_results_are_their_json() -> None:
     tables = load("benchmarks/tables.py")
     for path in (ROOT / "docs" / "results").glob("*.json"):
-        assert path.with_suffix(".md").read_text() == tables.page(json.loads(path.read_text()))
+        result = json.loads(path.read_text())
+        if "rows" in result:  # of compare.py; other benchmarks have no page
+            assert path.with_suffix(".md").read_text() == tables.page(result)
 
 
 def test_changelog_tells_of_this_version() -> None:

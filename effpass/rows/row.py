@@ -16,6 +16,12 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # a label that no loss counts
+_DTYPES = {
+    "input_ids": torch.int64,
+    "position_ids": torch.int64,
+    "labels": torch.int64,
+    "seq_idx": torch.int32,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,13 @@ class Row:
     step: int | None = None
 
     def __post_init__(self) -> None:
+        for name, dtype in _DTYPES.items():
+            found = getattr(self, name).dtype
+            if found != dtype:
+                raise ValueError(
+                    f"expected {name} as {dtype}, found {found}: give integers to effpass.pack, "
+                    "position_start and pad_token_id too"
+                )
         per_token = {"input_ids": self.input_ids, "labels": self.labels, **self.fields}
         expected = (1, self.position_ids.numel())
         for name, value in per_token.items():

@@ -230,6 +230,8 @@ def test_what_is_no_sequence_of_integers_is_refused(sequences: Any, said: str) -
         ({"max_tokens": 0}, "max_tokens to be a positive integer, found 0"),
         ({"max_tokens": 8.0}, "max_tokens to be a positive integer, found 8.0"),
         ({"max_tokens": True}, "found True"),
+        ({"position_start": 0.5}, "position_ids as torch.int64, found torch.float32: .*start"),
+        ({"pad_token_id": 0.5, "pad_to_max": True}, "input_ids as torch.int64, found torch.fl"),
         ({"fields": ["kind"]}, "the fields kind in sequence 0, found input_ids"),
     ],
 )

@@ -101,7 +101,12 @@ def test_wrong_shapes_are_refused(name: str, value: Any, said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"input_ids": torch.zeros(1, 8)}, r"input_ids of shape \(1, 9\), .* found \(1, 8\)"),
+        ({"input_ids": torch.zeros(1, 9)}, "input_ids as torch.int64, found torch.float32"),
+        ({"seq_idx": torch.zeros(1, 9).long()}, "seq_idx as torch.int32, found torch.int64"),
+        (
+            {"input_ids": torch.zeros(1, 8).long()},
+            r"input_ids of shape \(1, 9\), .* found \(1, 8\)",
+        ),
         ({"fields": {"kind": torch.zeros(1, 8)}}, r"kind of shape \(1, 9\)"),
         ({"indices": (0, 1)}, "cu_seqlens of 2 sequences, as indices and padding tell, found 3"),
         ({"padding": 1}, "cu_seqlens of 4 sequences"),
