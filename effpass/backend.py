@@ -72,6 +72,11 @@ def compile_graph(
         report.applied += clean(graph)
         stages.graph("raised", graph)
     report.misses += _unraised(graph, report)
+    packed = _packed(graph, config, report)
+    if packed is not None:
+        report.seconds = time.perf_counter() - started
+        (keep or _publish(gm, inputs))(report)
+        return packed
     report.chosen += lower(graph, config.targets)
     stages.graph("lowered", graph)
     report.declined += _declined_functions(graph)
@@ -144,6 +149,24 @@ def _verified(
         report.verified = f"failed: {error}; the captured graph runs"
         warnings.warn(f"effpass: verification failed in clean and lower: {error}", stacklevel=2)
     return before
+
+
+def _packed(graph: GraphModule, config: Config, report: GraphReport) -> Callable[..., Any] | None:
+    """The graph with and without padding as one callable, where that was asked for and can be."""
+
+    def finish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        form = capture(gm, inputs)
+        clean(form)
+        report.chosen += lower(form, config.targets)
+        return _compile(form, inputs, config)
+
+    for each in config.passes:
+        made, record = each.apply(graph, finish)
+        if made is not None:
+            report.applied.append(record)
+            return made
+        report.declined.append(record)
+    return None
 
 
 def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from effpass.passes.pack_varlen import PackVarlen
+
+PASSES: dict[str, type] = {PackVarlen.name: PackVarlen}  # in the order in which they run
 COMPILERS = ("inductor", "eager")
 TARGETS = ("step", "cpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -16,7 +19,8 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 class Config:
     """How one model is compiled. With no field set only exact rewrites run.
 
-    ``passes``: approximate or layout-changing passes, in their fixed order (none in this version).
+    ``passes``: passes that change layout or numbers, in their fixed order; as an option, each by
+    its name: ``{"pack_varlen": True}``.
     ``compiler``: what compiles the rewritten graph, ``"inductor"`` or ``"eager"`` (run as it is).
     ``targets``: implementations allowed for ops besides ``inline``, of TARGETS; None for all.
     ``mode``: a mode of ``torch.compile`` for Inductor. ``inductor``: Inductor's own options.
@@ -45,9 +49,17 @@ class Config:
                 raise TypeError(
                     f"expected {flag} to be True or False, found {getattr(self, flag)!r}"
                 )
-        if self.passes:
+        for each in self.passes:
+            if not isinstance(each, tuple(PASSES.values())):
+                raise TypeError(
+                    f"expected passes to be of {', '.join(p.__name__ for p in PASSES.values())}, "
+                    f"found {each!r}"
+                )
+        kinds = [type(each) for each in self.passes]
+        if kinds != [kind for kind in PASSES.values() if kind in kinds]:
             raise ValueError(
-                f"expected no passes: this version has none to choose from, found {self.passes!r}"
+                "expected each pass once, in the order "
+                f"{', '.join(p.__name__ for p in PASSES.values())}, found {self.passes!r}"
             )
 
     @staticmethod
@@ -65,10 +77,14 @@ class Config:
                     f"{type(given).__name__} and {sorted(options)}"
                 )
             return given
+        chosen = {name: options.pop(name) for name in PASSES if name in options}
         known = [f.name for f in fields(Config)]
         for key in options:
             if key not in known:
-                raise ValueError(_unknown_option(key, known))
+                raise ValueError(_unknown_option(key, [*PASSES, *known]))
+        passes = tuple(_pass(name, value) for name, value in chosen.items() if value is not False)
+        if passes:
+            options["passes"] = (*options.get("passes", ()), *passes)
         if isinstance(options.get("targets"), list):
             options["targets"] = tuple(options["targets"])
         return Config(**{"mode": mode, **options})
@@ -79,6 +95,23 @@ class Config:
 
         mode = {} if self.mode in (None, "default") else list_mode_options(self.mode)
         return {**mode, **(self.inductor or {})}
+
+
+def _pass(name: str, value: Any) -> Any:
+    """A pass from its option: True, or its fields."""
+    kind = PASSES[name]
+    if value is True:
+        return kind()
+    if not isinstance(value, Mapping):
+        raise TypeError(
+            f"expected {name} to be True, False or a dict of its fields, found {value!r}"
+        )
+    allowed = tuple(f.name for f in fields(kind))
+    for key in value:
+        if not allowed:
+            raise ValueError(f"unknown field {key!r} of {name}: it has none; pass True")
+        _one_of(f"a field of {name}", key, allowed)
+    return kind(**value)
 
 
 def _unknown_option(key: str, known: list[str]) -> str:

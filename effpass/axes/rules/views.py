@@ -12,7 +12,8 @@ from effpass.axes.relation import Each, Kind, Relation, elementwise, is_tensor, 
 
 COPIES = ("to", "_to_copy", "detach", "type_as", "dropout", "native_dropout", "alpha_dropout")
 FILLED_LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
-MADE = ("zeros", "ones", "full", "empty", "arange", "rand", "randn", "randint", "eye", "linspace")
+MADE = ("zeros", "ones", "full", "empty", "rand", "randn", "randint")
+COUNTED = ("arange", "linspace", "eye")
 MADE_BESIDE = ("new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
 
 
@@ -34,6 +35,15 @@ def same(found: Relation, given: Mapping[str, Any]) -> Dims | Each:
 def made(found: Relation, given: Mapping[str, Any]) -> Dims:
     """Made from sizes alone: its axes are whatever they meet later."""
     return found.fresh()
+
+
+@rule(*COUNTED)
+def counted(found: Relation, given: Mapping[str, Any]) -> Dims:
+    """Made from sizes alone, and different at every index."""
+    dims = found.fresh()
+    for dim in dims:
+        found.mark(dim, Kind.BOUND)
+    return dims
 
 
 @rule(*EXPANDS)

@@ -1,0 +1,1 @@
+"""Packing: which tokens are padding, what may run on the others alone, and the graph that does."""

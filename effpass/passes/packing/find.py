@@ -1,0 +1,109 @@
+"""Which input is the padding mask, and what of a graph forbids packing altogether."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.fx import GraphModule, Node
+
+from effpass.axes.labels import expression, single
+from effpass.axes.relation import arguments, is_tensor, values
+from effpass.axes.solve import Solution, solve
+from effpass.graph.writes import writes
+from effpass.passes.packing.mixers import attentions
+from effpass.passes.packing.places import Places, Unpackable
+from effpass.passes.packing.rewrite import Rewriter
+from effpass.passes.packing.samples import Samples
+
+NO_MASK = "a padding mask is an input (batch, tokens) of integers, booleans or 0.0 and 1.0"
+
+
+def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
+    """The graph on real tokens alone, for the first input that proves to be its padding mask.
+
+    Raises Unpackable with what stopped the most promising one.
+    """
+    _refuse(gm)
+    stopped: list[tuple[int, Unpackable]] = []
+    for mask in _candidates(gm):
+        rewriter = None
+        try:
+            rewriter = Rewriter(gm, Places(_solved(gm, mask), mask), Samples(mask))
+            made = rewriter.build()
+            if rewriter.proofs:
+                return rewriter, made
+            reason = "no attention, scan or convolution of this graph depends on it"
+            stopped.append((0, Unpackable("no_mask", mask, reason, NO_MASK)))
+        except Unpackable as reason:
+            stopped.append((rewriter.mixers if rewriter else 0, reason))
+    if not stopped:
+        raise Unpackable("no_mask", None, "no input of the graph is a padding mask", NO_MASK)
+    raise max(stopped, key=lambda each: each[0])[1]
+
+
+def _candidates(gm: GraphModule) -> Iterator[Node]:
+    """Inputs (b, t), those first that nobody looks up in a table."""
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if _shaped_like_a_mask(n)]
+    tables = [n for n in inputs if any("embedding" in str(user.target) for user in n.users)]
+    yield from (n for n in inputs if n not in tables)
+
+
+def _solved(gm: GraphModule, mask: Node) -> Solution:
+    """Axes of the graph, if ``mask`` is the padding mask: its rows and tokens are attention's.
+
+    An index leads from a mask (b, t) to keys in many models, which says nothing of axes; that they
+    are the same is proven later, by what the mask of every attention is on sample paddings.
+    """
+    solution = solve(gm)
+    b, t = solution.dims(mask)
+    for node in attentions(gm):
+        given = arguments(node)
+        if is_tensor(given["attn_mask"]) and _reaches(mask, given["attn_mask"]):
+            for source in (given["query"], given["key"]):
+                dims = solution.dims(source)
+                shape = values(source)[0].shape
+                for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
+                    if expression(shape[d]) == expression(values(mask)[0].shape[size]):
+                        solution.classes.join(axis, dims[d])
+    return solution
+
+
+def _reaches(source: Node, target: Node) -> bool:
+    pending, found = [target], set()
+    while pending:
+        node = pending.pop()
+        if node is source:
+            return True
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return False
+
+
+def _shaped_like_a_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() != 2 or not node.users:
+        return False
+    if node.meta.get("effpass_parameter") or value.requires_grad or single(value.shape[1]):
+        return False
+    return bool(values(node))
+
+
+def _refuse(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise Unpackable(
+                "region", node, f"{node.target} has a body of its own, which is not packed yet"
+            )
+        if node.op == "call_function" and writes(node):
+            raise Unpackable("writes", node, "it writes to memory in place")
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
+            raise Unpackable("mode", node, "autocast or a gradient mode changes inside the graph")
+
+
+MODES = (
+    *("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled"),
+    *("_enter_inference_mode", "_exit_inference_mode"),
+)
