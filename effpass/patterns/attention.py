@@ -150,7 +150,7 @@ def _assemble(
     last, out = _last(labels, result)
     attention = Attention(
         labels=labels,
-        groups=groups,
+        groups=groups.resolved(labels),
         query=query,
         key=key,
         value=value,

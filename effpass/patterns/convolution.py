@@ -214,7 +214,9 @@ class _Attempt:
         for node in region:
             outside = [n for n in node.all_input_nodes if n not in region]
             inputs |= dict.fromkeys(n for each in outside for n in self._needed(each))
-        used = {f.node for c in found.taps.all for f in c.factors} | zeros | set(self.start)
+        factors = dict.fromkeys(f.node for c in found.taps.all for f in c.factors)
+        inputs |= factors  # constants too
+        used = {*factors, *zeros, *self.start}
         if any(_float(node) and node not in used for node in inputs):
             return None
         value = self.follower.env[found.node]

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import (
-    DimDynamic,
-    ShapeEnv,
-    StatelessSymbolicContext,
-)
 
 import effpass
 from effpass.graph.clean import clean
 from effpass.patterns.raising import raise_ops
-from tests.patterns.programs import Input, Program
+from tests.patterns.conditioning import Conditioning, Part, rounded, unguarded
+from tests.patterns.programs import Program
+from tests.patterns.runs import Invalid, Result, capture, run
 from tests.tolerances import close
 
 RECORDED = {"ffn": 1 << 20, "attention_softcap": 1 << 20}  # ops that leave their regions alone
 ROWS = {torch.float64: "program_fp64", torch.float32: "program_fp32"}
+# in the tally, what holds a value that is beyond its row
+ROUNDED = "judged by the dtype of a cast"
+CONDITIONED = "judged by conditioning"
+UNGUARDED = "NaN of an unguarded softmax in eager alone"
 
 
 @dataclass
@@ -40,34 +38,11 @@ class Outcome:
     reasons: tuple[str, ...] = ()
     compared: int = 0  # gradients
     batches: int = 1  # batch sizes that were run
-
-
-class Invalid(Exception):
-    """The program itself does not run."""
+    judged: Counter[str] = field(default_factory=Counter)  # values beyond tolerance, by what held
 
 
 class Differs(AssertionError):
     """The raised program computes something else; the text says what."""
-
-
-def capture(program: Program, symbolic: bool = False) -> tuple[GraphModule, FakeTensorMode]:
-    """The graph of a program, as the backend captures it but without Dynamo."""
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    pairs = zip(program.inputs, program.arguments(), strict=True)
-    fakes = [_fake(mode, i, x, value, symbolic) for i, (x, value) in enumerate(pairs)]
-    try:
-        with mode, grad_mode_kept():
-            return make_fx(program.function(), pre_dispatch=True)(*fakes), mode
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise Invalid(str(error)) from error
-
-
-def _fake(mode: FakeTensorMode, i: int, given: Input, value: Tensor, symbolic: bool) -> Tensor:
-    if not symbolic or not given.batched:
-        return mode.from_tensor(value, static_shapes=True)
-    dims = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (value.dim() - 1)
-    context = StatelessSymbolicContext(dynamic_sizes=dims)
-    return mode.from_tensor(value, symbolic_context=context, source=ConstantSource(f"x{i}"))
 
 
 def check(program: Program, symbolic: bool = False) -> Outcome:
@@ -129,7 +104,7 @@ def _same(
         actual = run(graph, program, batch)
     except Invalid as error:
         raise Differs(f"it does not run: {error}") from error
-    compare(actual, expected, program, outcome)
+    Comparison(program, outcome, Conditioning(program, batch)).check(actual, expected)
 
 
 def _raised(graph: GraphModule) -> Outcome:
@@ -166,82 +141,78 @@ def _hold(guards: list[Any], symbol: Any, size: int) -> bool:
 
 
 @dataclass
-class Result:
-    """Outputs, gradients of inputs (None: none, or backward fails) and written inputs."""
+class Comparison:
+    """Outputs, gradients, and inputs that are written to, against eager's."""
 
-    outputs: list[Tensor]
-    gradients: list[Tensor | None] | None
-    arguments: list[Tensor]
+    program: Program
+    outcome: Outcome
+    conditioning: Conditioning
+
+    def check(self, actual: Result, expected: Result) -> None:
+        """Raises Differs."""
+        if len(actual.outputs) != len(expected.outputs):
+            raise Differs(f"{len(actual.outputs)} outputs, not {len(expected.outputs)}")
+        for i, (a, e) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
+            self._close(a, e, "outputs", i, f"output {i}")
+            if a.requires_grad != e.requires_grad:
+                raise Differs(f"output {i} requires_grad is {a.requires_grad}")
+            if layout(a) != layout(e):
+                raise Differs(f"output {i} has strides {a.stride()}, not {e.stride()}")
+        if _shared(actual) != _shared(expected):
+            raise Differs(f"of outputs and arguments share memory {_shared(actual)}")
+        for i, (a, e) in enumerate(zip(actual.arguments, expected.arguments, strict=True)):
+            self._close(a, e, "arguments", i, f"x{i} after the call")
+        if expected.gradients is None:
+            return
+        if actual.gradients is None:
+            raise Differs("backward fails")
+        for i, (a, e) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
+            self._gradient(a, e, i)
+            self.outcome.compared += e is not None
+
+    def _gradient(self, a: Tensor | None, e: Tensor | None, i: int) -> None:
+        name = f"gradient of leaf {i}"
+        if e is None or a is None:
+            if (e is None) != (a is None):
+                raise Differs(f"{name} is {'missing' if a is None else 'not None'}")
+        elif e.isfinite().all():  # where eager divides by zero, so may others elsewhere
+            self._close(a, e, "gradients", i, name)
+
+    def _close(self, a: Tensor, e: Tensor, part: Part, i: int, name: str) -> None:
+        if not e.is_floating_point():
+            if a.shape != e.shape or not torch.equal(a, e):
+                raise Differs(f"{name} is another")
+            return
+        try:
+            close(a, e, ROWS[self.program.dtype])
+        except AssertionError as error:
+            if a.shape != e.shape or a.dtype != e.dtype:
+                raise Differs(f"{name}: {error}") from error
+            judged = self._judged(a.detach(), e.detach(), part, i)
+            if judged is None:
+                raise Differs(f"{name}: {error}") from error
+            self.outcome.judged[judged] += 1
+
+    def _judged(self, a: Tensor, e: Tensor, part: Part, i: int) -> str | None:
+        """By what a value holds that is beyond tolerance; None for nothing."""
+        elsewhere = a.isfinite() != e.isfinite()
+        if elsewhere.any():
+            if not e[elsewhere].isnan().all() or not unguarded(self.program):
+                return None
+            rest = self._judged(a.where(~elsewhere, e), e, part, i)
+            return None if rest is None else UNGUARDED
+        rows = [ROWS[self.program.dtype], rounded(self.program)]
+        if any(row is not None and _within(a, e, row) for row in rows):
+            return ROUNDED
+        return CONDITIONED if self.conditioning.accepts(part, i, a, e) else None
 
 
-def run(function: Callable[..., Any], program: Program, batch: int | None = None) -> Result:
-    """One forward and backward pass; each element of each output counts differently."""
-    given = program.arguments(batch)
+def _within(a: Tensor, e: Tensor, row: str) -> bool:
     try:
-        with grad_mode_kept(), memory_filled():
-            outputs = list(function(*given))
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise Invalid(str(error)) from error
-    leaves = [x for x in given if x.requires_grad]
-    wanted = [o for o in outputs if o.requires_grad]
-    if not wanted or not leaves:
-        return Result(outputs, [None] * len(leaves), given)
-    try:
-        gradients = torch.autograd.grad(
-            [_weighted(o) for o in wanted], leaves, allow_unused=True, retain_graph=False
-        )
-    except RuntimeError:  # e.g. what backward needs was written to
-        return Result(outputs, None, given)
-    return Result(outputs, list(gradients), given)
-
-
-@contextmanager
-def grad_mode_kept() -> Iterator[None]:
-    """What a program that breaks off in the middle has switched off, is on again."""
-    before = torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(before)
-
-
-@contextmanager
-def memory_filled() -> Iterator[None]:
-    """New memory holds NaN: what reads it is seen to do so."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def _weighted(output: Tensor) -> Tensor:
-    weights = torch.linspace(0.5, 1.5, output.numel(), dtype=torch.float64)
-    return (output.double() * weights.view(output.shape)).sum()
-
-
-def compare(actual: Result, expected: Result, program: Program, outcome: Outcome) -> None:
-    """Outputs, gradients, and inputs that are written to. Raises Differs."""
-    row = ROWS[program.dtype]
-    if len(actual.outputs) != len(expected.outputs):
-        raise Differs(f"{len(actual.outputs)} outputs, not {len(expected.outputs)}")
-    for i, (a, e) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        _close(a, e, row, f"output {i}")
-        if a.requires_grad != e.requires_grad:
-            raise Differs(f"output {i} requires_grad is {a.requires_grad}")
-        if layout(a) != layout(e):
-            raise Differs(f"output {i} has strides {a.stride()}, not {e.stride()}")
-    if _shared(actual) != _shared(expected):
-        raise Differs(f"of outputs and arguments share memory {_shared(actual)}")
-    for i, (a, e) in enumerate(zip(actual.arguments, expected.arguments, strict=True)):
-        _close(a, e, row, f"x{i} after the call")
-    if expected.gradients is None:
-        return
-    if actual.gradients is None:
-        raise Differs("backward fails")
-    for i, (a, e) in enumerate(zip(actual.gradients, expected.gradients, strict=True)):
-        _gradient(a, e, row, f"gradient of leaf {i}")
-        outcome.compared += e is not None
+        close(a, e, row)
+    except AssertionError:
+        return False
+    return True
 
 
 def layout(value: Tensor) -> list[int]:
@@ -259,22 +230,3 @@ def _shared(result: Result) -> list[tuple[int, int]]:
         for j in range(len(result.outputs), len(held))
         if held[i] == held[j]
     ]
-
-
-def _gradient(a: Tensor | None, e: Tensor | None, row: str, name: str) -> None:
-    if e is None or a is None:
-        if (e is None) != (a is None):
-            raise Differs(f"{name} is {'missing' if a is None else 'not None'}")
-    elif e.isfinite().all():  # where eager divides by zero, so may others elsewhere
-        _close(a, e, row, name)
-
-
-def _close(a: Tensor, e: Tensor, row: str, name: str) -> None:
-    if not e.is_floating_point():
-        if a.shape != e.shape or not torch.equal(a, e):
-            raise Differs(f"{name} is another")
-        return
-    try:
-        close(a, e, row)
-    except AssertionError as error:
-        raise Differs(f"{name}: {error}") from error

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 
 from tests.patterns.differences import (
     Differs,
-    Invalid,
     Outcome,
     check,
     check_compiled,
@@ -27,6 +26,7 @@ from tests.patterns.mutants import mutant
 from tests.patterns.pieces.everything import RECIPE
 from tests.patterns.programs import Program, Recipe, write
 from tests.patterns.reduce import reduced
+from tests.patterns.runs import Invalid
 
 Check = Callable[[Program], Outcome]
 WAYS: tuple[Check, ...] = (check, check, check, check, check, check_symbolic, check_compiled)
@@ -54,6 +54,7 @@ class Tally:
         self.ops += outcome.ops
         self.pieces.update((kind, raised) for kind in program.kinds)
         self.reasons.update(outcome.reasons)
+        self.counts.update(outcome.judged.keys())  # programs
 
     def __str__(self) -> str:
         lines = [f"{dict(self.counts)}", f"idioms {dict(self.idioms)}", f"ops {dict(self.ops)}"]

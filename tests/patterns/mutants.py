@@ -19,8 +19,8 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.patterns.differences import Invalid, capture, run
 from tests.patterns.programs import LARGEST, Program
+from tests.patterns.runs import Invalid, capture, run
 
 aten = torch.ops.aten
 OTHERS: dict[Any, tuple[Any, ...]] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,19 @@ from torch.fx import Graph, Node
 
 from effpass.patterns import raising
 from effpass.patterns.proposal import Idiom, Proposal
-from tests.patterns.differences import Differs, check, check_compiled, check_symbolic
+from tests.patterns import runs
+from tests.patterns.conditioning import Conditioning
+from tests.patterns.differences import (
+    CONDITIONED,
+    ROUNDED,
+    UNGUARDED,
+    Comparison,
+    Differs,
+    Outcome,
+    check,
+    check_compiled,
+    check_symbolic,
+)
 from tests.patterns.fuzz import Tally, one
 from tests.patterns.mutants import mutant
 from tests.patterns.pieces.everything import RECIPE
@@ -27,6 +40,7 @@ from tests.patterns.reduce import reduced
 
 SEEDS = st.binary(min_size=8, max_size=8).map(bytes.hex)
 COMMON = ("unrolled loop", "causal convolution", "attention")
+INPUTS = (Input((2, 8, 8), batched=True), Input((2, 8, 8), layout="strided", batched=True))
 FOUND = {  # once wrong, made small
     "a causal mask whose fill is no large number": (
         "def program(x0, x1):\n"
@@ -52,6 +66,47 @@ FOUND = {  # once wrong, made small
         "def program(x0, x1):\n"
         "    W = torch.softmax(x0 @ x1.mT, -1).to(torch.bfloat16).to(x0.dtype)\n"
         "    return (W @ x1,)\n"
+    ),
+    "exponentials of scores from which a number is taken": (
+        "def program(x0, x1):\n"
+        "    S = x0 @ x1.mT\n"
+        "    W = (S - 1).exp() / (S - 1).exp().sum(-1, keepdim=True)\n"
+        "    return (W @ x1,)\n"
+    ),
+    "queries that a view behind attention cuts in two": (
+        "def program(x0, x1):\n"
+        "    S = (x0[:, :, None] * x1[:, None]).sum(-1) * 0.5\n"
+        "    y = (torch.softmax(S, 2)[..., None] * x1[:, None]).sum(2)\n"
+        "    return (y.transpose(0, 1).reshape(2, 8, 8),)\n"
+    ),
+    "a tap that is a constant": (
+        "def program(x0, x1):\n"
+        "    w = torch.arange(8, dtype=x0.dtype)\n"
+        "    return (x0 * x1[0, 0] + F.pad(x0, (0, 0, 1, -1)) * w,)\n"
+    ),
+}
+# Right, and beyond the rows of tolerances: what they are judged by.
+HARD = {
+    CONDITIONED: (
+        "def program(x0, x1):\n"
+        "    W = torch.softmax(x0 @ x1.mT * 8000, -1)\n"
+        "    return (W @ (x1 * 1000),)\n"
+    ),
+    ROUNDED: (
+        "def program(x0, x1):\n"
+        "    u = x0.to(torch.float32).to(x0.dtype)\n"
+        "    dt = F.softplus(u @ x1[0])\n"
+        "    h, ys = torch.zeros((), dtype=x0.dtype), []\n"
+        "    for t in range(8):\n"
+        "        new = (dt[:, t] * u[:, t])[..., None] * x1[:, t, None]\n"
+        "        h = h * torch.exp(dt[:, t, :, None] * -x1[0].exp()) + new\n"
+        "        ys.append((h * x1[:, t, None]).sum(-1))\n"
+        "    return (torch.stack(ys, 1),)\n"
+    ),
+    UNGUARDED: (
+        "def program(x0, x1):\n"
+        "    S = x0 @ x1.mT * 100\n"
+        "    return ((S.exp() / S.exp().sum(-1, keepdim=True)) @ x1,)\n"
     ),
 }
 
@@ -110,9 +165,48 @@ def test_many_programs_raised_equal_eager(start: int) -> None:
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_programs_that_were_once_wrong(name: str, dtype: torch.dtype) -> None:
-    inputs = (Input((2, 8, 8), batched=True), Input((2, 8, 8), layout="strided", batched=True))
     for way in (check, check_symbolic, check_compiled):
-        way(Program(FOUND[name], inputs, dtype))
+        way(Program(FOUND[name], INPUTS, dtype))
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_holds_beyond_the_rows_is_counted(name: str) -> None:
+    outcome = check(Program(HARD[name], INPUTS))
+    assert outcome.raised and set(outcome.judged) == {name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("leaf", [0, 1])
+def test_conditioning_excuses_rounding_alone(dtype: torch.dtype, leaf: int) -> None:
+    program = Program(HARD[CONDITIONED], INPUTS, dtype)
+    gradients = runs.run(program.function(), program).gradients
+    assert gradients is not None and gradients[leaf] is not None
+    expected = gradients[leaf]
+    judge, wrong = Conditioning(program), expected.clone()
+    wrong[0, 0, 0] += 1e11 * torch.finfo(dtype).eps
+    assert judge.accepts("gradients", leaf, expected, expected)
+    assert not judge.accepts("gradients", leaf, wrong, expected)
+    wrong[0, 0, 0] = torch.nan
+    assert not judge.accepts("gradients", leaf, wrong, expected)
+
+
+def test_only_eager_may_be_nan_and_only_unguarded() -> None:
+    program = Program(HARD[UNGUARDED], INPUTS)
+    eager = runs.run(program.function(), program)
+    finite = replace(eager, outputs=[o.nan_to_num() for o in eager.outputs], gradients=None)
+    assert eager.outputs[0].isnan().any()
+    outcome = Outcome()
+    compare(program, outcome, finite, replace(eager, gradients=None))
+    assert set(outcome.judged) == {UNGUARDED}
+    with pytest.raises(Differs, match="different places"):
+        compare(program, outcome, replace(eager, gradients=None), finite)
+    guarded = HARD[UNGUARDED].replace("100\n", "100\n    S = S - S.amax(-1, keepdim=True)\n")
+    with pytest.raises(Differs, match="different places"):
+        compare(Program(guarded, INPUTS), outcome, finite, replace(eager, gradients=None))
+
+
+def compare(program: Program, outcome: Outcome, actual: runs.Result, expected: runs.Result) -> None:
+    Comparison(program, outcome, Conditioning(program)).check(actual, expected)
 
 
 def _sums(graph: Graph) -> Iterable[Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -41,6 +41,11 @@ class Groups:
     def scores(self) -> Dims:
         """Dims of scores and of what is added to them."""
         return (self.batch, self.head, self.query, self.key)
+
+    def resolved(self, labels: Labels) -> Groups:
+        """With the parts of labels that were cut since."""
+        parts = {each.name: labels.resolve(getattr(self, each.name)) for each in fields(self)}
+        return Groups(**parts)
 
 
 @dataclass(frozen=True)

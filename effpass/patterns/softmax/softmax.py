@@ -55,6 +55,8 @@ def softmax(node: Node) -> Softmax | None:
 
 def _by_logsumexp(node: Node, difference: Node) -> Softmax | None:
     scores, total = argument(difference, 0), argument(difference, 1)
+    if not isinstance(total, Node):
+        return None  # a number is taken away
     found = _reduction(total, "logsumexp")
     if found is None or found[0].args[0] is not scores or difference.kwargs:
         return None

@@ -207,7 +207,7 @@ def recurrence(w: Writer, x: str) -> str:
     loop = f"for t in {order(w, first)}:\n" + "\n".join(f"    {s}" for s in step.splitlines())
     head = [made.before]
     if first and "ys = []" in made.before:
-        head.append(made.step)
+        head += ["t = 0", made.step]
     text = "\n".join([*lines, *head, loop, f"{name} = {made.after}", f"{name}_last = h"])
     return finished(w, text, name, x)
 
