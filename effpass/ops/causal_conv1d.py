@@ -75,7 +75,7 @@ def _backward(
         dstart[which] = dwindow[:, : width - 1].transpose(1, 2)
     grads = (dx, dw, db, dstart, None)
     return tuple(
-        empty_gradient(grad_y, None, "") if i is None or g is None else g.to(i.dtype)
+        empty_gradient(grad_y) if i is None or g is None else g.to(i.dtype)
         for g, i in zip(grads, (x, weight, bias, initial_state, cu_seqlens), strict=True)
     )
 

@@ -38,7 +38,7 @@ def _backward(
             da[rows, t] = g * before[t - span.start]
             g = g * decay[rows, t]
         dstart[which] = g
-    nothing = empty_gradient(grad_h, None, "")
+    nothing = empty_gradient(grad_h)
     return (
         da.to(a.dtype),
         db.to(b.dtype),

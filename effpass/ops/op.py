@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from effpass.axes.notation import Axes
 from effpass.axes.relation import Kind
 from effpass.axes.rules import ops as axes_of_ops
+from effpass.ops.schema import schemas
 
 Refusal = Callable[..., str | None]
 OPS: dict[str, Op] = {}
@@ -34,10 +35,11 @@ _LIBRARIES: dict[str, torch.library.Library] = {}
 class Lowering:
     """One implementation of an op for one target.
 
-    ``forward`` takes the op's arguments and returns its outputs; ``backward`` takes one gradient an
-    output, then the op's arguments, and returns one tensor for each tensor argument (an empty
-    tensor where that argument is None or has no gradient). ``refuses`` takes the op's arguments
-    (perhaps fake) and answers None, or the reason why this implementation cannot run them.
+    ``forward`` takes the op's arguments and returns its outputs (a tensor where there is one);
+    ``backward`` takes one gradient an output, then the op's arguments, and returns one tensor for
+    each tensor argument (an empty tensor where that argument is None or has no gradient).
+    ``refuses`` takes the op's arguments (perhaps fake) and answers None, or the reason why this
+    implementation cannot run them.
     ``overload`` is the registered torch op. With ``splice`` the forward is traced into the graph
     instead of being called, so that the compiler fuses it (and autograd differentiates it).
     ``prepare`` begins slow work (a build) in the background, before the first use.
@@ -63,6 +65,8 @@ class Op:
     state_dtype: Callable[[torch.dtype], torch.dtype]
     check: Callable[..., None] | None
     signature: inspect.Signature
+    integers: Mapping[str, torch.dtype]
+    per_head: Sequence[str]
     lowerings: list[Lowering] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,33 +104,36 @@ class Op:
         first = next(iter(arguments.values()))
         known = {"s": first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1}
         shapes = {n: None if a is None else a.shape for n, a in arguments.items() if _maybe(a)}
-        return self.axes.bind(self.name, shapes, **known)
+        shared = {n: self.axes.inputs[n][1:] for n in self.per_head if len(shapes[n] or ()) == 1}
+        axes = replace(self.axes, inputs={**self.axes.inputs, **shared})
+        return axes.bind(self.name, shapes, **known)
 
     def validate(self, **arguments: Any) -> None:
         """Raises TypeError or ValueError when the arguments cannot be this op's."""
         for name in self.tensor_names:
-            _check_tensor(self.name, name, arguments[name], arguments[self.tensor_names[0]])
+            _check_tensor(self, name, arguments[name], arguments[self.tensor_names[0]])
         sizes = self.sizes(arguments)
         if arguments.get("cu_seqlens") is not None:
-            check_cu_seqlens(self.name, arguments["cu_seqlens"], sizes["b"], sizes["t"])
+            check_cu_seqlens(self.name, arguments["cu_seqlens"], sizes.get("b", 1), sizes["t"])
         if self.check is not None:
             self.check(sizes=sizes, **arguments)
 
-    def fake(self, *args: Any) -> tuple[Tensor, ...]:
+    def fake(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         """Outputs with the right shapes and dtypes and no values."""
         _refuse_tangents(self)
         arguments = self.bind(*args)
         first = arguments[self.tensor_names[0]]
         shapes = self.axes.output_shapes(self.sizes(arguments))
         dtypes = [first.dtype] + [self.state_dtype(first.dtype)] * (len(shapes) - 1)
-        return tuple(
+        made = tuple(
             first.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
         )
+        return made[0] if len(self.axes.outputs) == 1 else made
 
     def fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
         """Gradients with the right shapes and dtypes and no values."""
         arguments = self.bind(*args[len(self.axes.outputs) :])
-        return tuple(empty_gradient(args[0], arguments[n], n) for n in self.tensor_names)
+        return tuple(empty_gradient(args[0], arguments[n]) for n in self.tensor_names)
 
     def prepare(self) -> None:
         """Tells every implementation that this op will be used soon."""
@@ -157,6 +164,8 @@ def op(
     state_dtype: Callable[[torch.dtype], torch.dtype] | None = None,
     check: Callable[..., None] | None = None,
     kinds: Mapping[str, Kind] = SCAN,
+    integers: Mapping[str, torch.dtype] | None = None,
+    per_head: Sequence[str] = (),
 ) -> Callable[[Callable[..., Any]], Op]:
     """Makes an Op of a reference function.
 
@@ -165,6 +174,8 @@ def op(
     ``state_dtype`` of it (default: at least float32). ``check`` may refuse more than shapes say.
     ``kinds``: what the op does along axes that are neither free nor folded (default: ordered along
     the tokens).
+    ``integers`` are tensors of the dtype they name, without gradient, as ``cu_seqlens`` always is;
+    all others are floating point. Arguments ``per_head`` may lack their first dimension.
     """
 
     def decorate(reference: Callable[..., Any]) -> Op:
@@ -176,6 +187,8 @@ def op(
             state_dtype=state_dtype or accumulate_dtype,
             check=check,
             signature=inspect.signature(reference),
+            integers={"cu_seqlens": torch.int32, **(integers or {})},
+            per_head=per_head,
         )
         functools.update_wrapper(made, reference)
         OPS[made.name] = made
@@ -217,39 +230,40 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def empty_gradient(like: Tensor, argument: Tensor | None, name: str) -> Tensor:
+def empty_gradient(like: Tensor, argument: Tensor | None = None) -> Tensor:
     """Room for a gradient of ``argument``; an empty tensor when it takes none."""
-    if argument is None or name == "cu_seqlens":
+    if argument is None or not argument.is_floating_point():
         return like.new_empty(0)
     return argument.new_empty(argument.shape)
 
 
-def check_cu_seqlens(op: str, cu_seqlens: Tensor, batch: Any, tokens: Any) -> None:
+def check_cu_seqlens(
+    op: str, cu_seqlens: Tensor, batch: Any, tokens: Any, name: str = "cu_seqlens"
+) -> None:
     """Raises unless ``cu_seqlens`` are int32 offsets from 0 to ``tokens``, none decreasing."""
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"{op}: expected cu_seqlens to be int32 of shape (sequences + 1,), "
+            f"{op}: expected {name} to be int32 of shape (sequences + 1,), "
             f"found {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
     if batch != 1:
         raise ValueError(
-            f"{op}: expected batch 1 with cu_seqlens (sequences lie end to end in one row), "
+            f"{op}: expected batch 1 with {name} (sequences lie end to end in one row), "
             f"found batch {batch}; reshape to (1, batch * tokens, ...)"
         )
     if torch.compiler.is_compiling():
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0:
-        raise ValueError(f"{op}: expected cu_seqlens to start at 0, found {offsets[0]}")
+        raise ValueError(f"{op}: expected {name} to start at 0, found {offsets[0]}")
     for i, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise ValueError(
-                f"{op}: expected cu_seqlens not to decrease, found {start} then {end} "
-                f"at entry {i + 1}"
+                f"{op}: expected {name} not to decrease, found {start} then {end} at entry {i + 1}"
             )
     if offsets[-1] != tokens:
         raise ValueError(
-            f"{op}: expected cu_seqlens to end at the token count {tokens}, found {offsets[-1]}"
+            f"{op}: expected {name} to end at the token count {tokens}, found {offsets[-1]}"
         )
 
 
@@ -274,17 +288,23 @@ def _maybe(value: Any) -> bool:
     return value is None or isinstance(value, Tensor)
 
 
-def _check_tensor(op: str, name: str, value: Any, first: Any) -> None:
-    if value is None:
+def _check_tensor(op: Op, name: str, value: Any, first: Any) -> None:
+    if value is None and op.signature.parameters[name].default is None:
         return
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a Tensor, found {type(value).__name__}")
+        raise TypeError(f"{op.name}: expected {name} to be a Tensor, found {type(value).__name__}")
     if value.device != first.device:
         raise ValueError(
-            f"{op}: expected {name} on {first.device} like the first argument, found {value.device}"
+            f"{op.name}: expected {name} on {first.device} like the first argument, "
+            f"found {value.device}"
         )
-    if name != "cu_seqlens" and not value.is_floating_point():
-        raise TypeError(f"{op}: expected {name} to be floating point, found {value.dtype}")
+    if name == "cu_seqlens":
+        return  # check_cu_seqlens says more
+    dtype = op.integers.get(name)
+    if dtype is None and not value.is_floating_point():
+        raise TypeError(f"{op.name}: expected {name} to be floating point, found {value.dtype}")
+    if dtype is not None and value.dtype != dtype:
+        raise TypeError(f"{op.name}: expected {name} to be {dtype}, found {value.dtype}")
 
 
 def _first_willing(op: Op, backward: bool = False) -> Callable[..., Any]:
@@ -299,15 +319,13 @@ def _first_willing(op: Op, backward: bool = False) -> Callable[..., Any]:
 
 
 def _contiguous(run: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: tuple(out.contiguous() for out in run(*args))
+    def contiguous(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        made = run(*args)
+        if isinstance(made, Tensor):
+            return made.contiguous()
+        return tuple(out.contiguous() for out in made)
 
-
-def _schema(op: Op) -> tuple[str, str]:
-    arguments = torch.library.infer_schema(op.reference, mutates_args=()).partition(" -> ")[0]
-    grads = ", ".join(f"Tensor grad_{name}" for name in op.axes.outputs)
-    outputs = ", ".join(["Tensor"] * len(op.axes.outputs))
-    tensors = ", ".join(["Tensor"] * len(op.tensor_names))
-    return f"{arguments} -> ({outputs})", f"({grads}, {arguments[1:]} -> ({tensors})"
+    return contiguous
 
 
 def _register(
@@ -318,7 +336,7 @@ def _register(
     tags = (torch.Tag.pt2_compliant_tag,)
     for name, schema, run, fake in zip(
         (op.name, f"{op.name}_backward"),
-        _schema(op),
+        schemas(op.reference, op.tensor_names, tuple(op.axes.outputs)),
         (forward, backward),
         (op.fake, op.fake_backward),
         strict=True,
@@ -337,7 +355,9 @@ def _fill_defaults(op: Op, run: Callable[..., Any], forward: bool) -> Callable[.
     def filled(*args: Any) -> Any:
         _refuse_tangents(op)
         missing = total - len(args)  # the dispatcher drops trailing defaults
-        return run(*args, *defaults[len(defaults) - missing :]) if missing else run(*args)
+        filled_in = defaults[len(defaults) - missing :] if missing else ()
+        with torch.autocast(args[0].device.type, enabled=False):
+            return run(*args, *filled_in)
 
     return filled
 

@@ -102,7 +102,7 @@ def _backward(
     grads = (dx, ddt, dA, dB, dC, dD, dz, ddt.sum((0, 1)), dstart, None)
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     return tuple(
-        empty_gradient(grad_y, None, "") if i is None or g is None else g.to(i.dtype)
+        empty_gradient(grad_y) if i is None or g is None else g.to(i.dtype)
         for g, i in zip(grads, inputs, strict=True)
     )
 

@@ -1,5 +1,14 @@
-"""Compiled C++ kernels for CPUs; importing this registers them, the first use compiles them."""
+"""Kernels for CPUs; importing this registers them.
 
-from effpass.lowering.cpu import causal_conv1d, linear_recurrence, selective_scan, ssd_scan
+In C++, compiled on first use, but for attention, which calls torch's own.
+"""
 
-__all__ = ["causal_conv1d", "linear_recurrence", "selective_scan", "ssd_scan"]
+from effpass.lowering.cpu import (
+    causal_conv1d,
+    linear_recurrence,
+    selective_scan,
+    ssd_scan,
+    varlen_attention,
+)
+
+__all__ = ["causal_conv1d", "linear_recurrence", "selective_scan", "ssd_scan", "varlen_attention"]

@@ -100,7 +100,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     )
     load("causal_conv1d").causal_conv1d_backward(ctypes.byref(conv), ctypes.byref(out))
     return tuple(
-        found[n].to(given[n].dtype) if n in found else empty_gradient(grad_y, None, n)
+        found[n].to(given[n].dtype) if n in found else empty_gradient(grad_y)
         for n in causal_conv1d.tensor_names
     )
 

@@ -83,7 +83,7 @@ def _backward(
     out = _BackwardOut(rows(dh), rows(da), rows(db), pointer(dfinal), pointer(dstart))
     kernel = load("linear_recurrence").linear_recurrence_backward
     kernel(ctypes.byref(call.recurrence), ctypes.byref(out))
-    nothing = empty_gradient(grad_h, None, "")
+    nothing = empty_gradient(grad_h)
     if initial_state is None or dstart is None:
         return da, db, nothing, nothing.clone()
     return da, db, dstart.to(initial_state.dtype), nothing

@@ -104,7 +104,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     )
     load("selective_scan").selective_scan_backward(ctypes.byref(scan), ctypes.byref(out))
     return tuple(
-        found[n].to(given[n].dtype) if n in found else empty_gradient(grad_y, None, n)
+        found[n].to(given[n].dtype) if n in found else empty_gradient(grad_y)
         for n in selective_scan.tensor_names
     )
 

@@ -102,7 +102,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *args: Any) -> tuple[Ten
     grads = (dx, ddt, dA, dB, dC, dD, dz, dbias, dstart, None)
     inputs = (x, dt, A, B, C, D, z, dt_bias, start, cu_seqlens)
     return tuple(
-        empty_gradient(grad_y, None, "") if v is None or g is None else g.to(v.dtype)
+        empty_gradient(grad_y) if v is None or g is None else g.to(v.dtype)
         for g, v in zip(grads, inputs, strict=True)
     )
 

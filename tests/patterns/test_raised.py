@@ -151,7 +151,8 @@ def test_the_golden_table_has_no_other_rows() -> None:
 def test_every_list_has_its_models() -> None:
     """Or all of the above would hold of nothing."""
     names = {model.name for model in [*SPELLINGS, *EITHER, *NEAR_MISSES]}
-    assert {s.op for s in SPELLINGS} == {*OPS, "sdpa", "ffn"}
+    raised = {*OPS, "sdpa", "ffn"} - {"varlen_attention"}  # that is for packed rows
+    assert {s.op for s in SPELLINGS} == raised
     assert names >= LATER | set(OTHERWISE) and SOFTCAP and EITHER
 
 

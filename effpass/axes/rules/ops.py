@@ -34,7 +34,8 @@ def register(name: str, axes: Axes, kinds: Mapping[str, Kind]) -> None:
         for argument, letters in axes.inputs.items():
             source = given.get(argument)
             if is_tensor(source):
-                found.read(source, dims(letters, source.meta["val"].shape))
+                shape = source.meta["val"].shape  # may lack its first dimension, the heads
+                found.read(source, dims(letters[len(letters) - len(shape) :], shape))
         made = [
             dims(letters, value.shape)
             for letters, value in zip(axes.output_dims, values(found.node), strict=True)
