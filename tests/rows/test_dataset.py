@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -106,8 +106,17 @@ def test_workers_give_arguments_of_models() -> None:
 def test_a_resumed_run_gives_what_was_left(
     lengths: list[int], policy: str, shuffle: bool, data: st.DataObject
 ) -> None:
+    ranks = data.draw(st.integers(1, 3))
+    options = {"shuffle": shuffle, "world_size": ranks, "rank": ranks - 1}
+
     def fresh() -> effpass.PackedDataset:
-        return effpass.PackedDataset([[1] * n for n in lengths], 10, policy, shuffle=shuffle)
+        return effpass.PackedDataset([[1] * n for n in lengths], 10, policy, **options)
+
+    try:
+        for epoch in range(4):
+            fresh().plan.epoch(epoch)
+    except ValueError:  # fewer sequences than the ranks need
+        assume(ranks == 1)
 
     def run(dataset: effpass.PackedDataset) -> list[tuple[int | None, tuple[int, ...]]]:
         found = []
