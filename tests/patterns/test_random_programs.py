@@ -79,6 +79,13 @@ FOUND = {  # once wrong, made small
         "    y = (torch.softmax(S, 2)[..., None] * x1[:, None]).sum(2)\n"
         "    return (y.transpose(0, 1).reshape(2, 8, 8),)\n"
     ),
+    "a fill that changes its sign": (
+        "def program(x0, x1):\n"
+        "    S = x0 @ x1.mT\n"
+        "    later = torch.ones(8, 8, dtype=torch.bool).triu(2)\n"
+        "    S = torch.where(later, torch.finfo(S.dtype).min, S) * -0.7\n"
+        "    return (torch.softmax(S, -1) @ x1,)\n"
+    ),
     "a tap that is a constant": (
         "def program(x0, x1):\n"
         "    w = torch.arange(8, dtype=x0.dtype)\n"

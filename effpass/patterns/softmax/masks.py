@@ -108,8 +108,9 @@ def bias(
 
 
 def fits(value: float, dtype: torch.dtype) -> float:
-    """``value``, or the lowest number of ``dtype`` instead of a lower one; -inf stays."""
-    return value if math.isinf(value) else max(value, torch.finfo(dtype).min)
+    """``value``, or the nearest that ``dtype`` has of those that are finite; infinity stays."""
+    held = torch.finfo(dtype)
+    return value if math.isinf(value) else min(max(value, held.min), held.max)
 
 
 def _mask(step: Filled, arrange: Arrange) -> Tensor:

@@ -1,4 +1,8 @@
-"""Attention as one op: queries, keys and values in any layout, a mask, and the call they become."""
+"""Attention as one op: queries, keys and values in any layout, a mask, and the call they become.
+
+Its fused kernels round gradients otherwise than eager does: scores get ``p (dO . v - dO . out)``,
+whose terms cancel where a weight p is 1 but for their rounding, in eager exactly.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Softmax in its spellings: the op, ``exp(log_softmax)``, and exponentials over their sum."""
+"""Softmax in its spellings: the op, ``exp(log_softmax)``, and exponentials over their sum.
+
+Exponentials from which no largest score was taken away are softmax too, as mathematics. In eager
+they overflow, or all vanish in a row masked by a large finite number: 0 / 0. Such rows are NaN in
+eager and finite as the op; never the reverse.
+"""
 
 from __future__ import annotations
 
