@@ -1,13 +1,15 @@
 """Many random programs, raised without proof, against eager: counts, and every failure, reduced.
 
 ``python -m tests.patterns.fuzz --examples 10000 --seed 1``; ``--program <hex>`` runs one alone,
-``--pieces loop,doubling`` only programs of these.
+``--pieces loop,doubling`` only programs of these; ``--minutes 10`` stops then, with the counts so
+far.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import random
 import sys
 import time
@@ -117,6 +119,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--program", default="")
     parser.add_argument("--pieces", default="")
     given = parser.parse_args()
@@ -125,7 +128,8 @@ def main() -> int:
     wanted = given.pieces.split(",")
     pieces = [p for p in RECIPE.pieces if not given.pieces or p.name in wanted]
     recipe, seeds = replace(RECIPE, pieces=pieces), random.Random(given.seed)
-    while tally.counts["programs"] < given.examples:
+    end = started + 60 * given.minutes
+    while tally.counts["programs"] < given.examples and time.monotonic() < end:
         seed = given.program or seeds.randbytes(8).hex()
         failure = one(seed, tally, recipe)
         if failure:
