@@ -164,6 +164,7 @@ def _packed(graph: GraphModule, config: Config, report: GraphReport) -> Callable
         made, record = each.apply(graph, finish)
         if made is not None:
             report.applied.append(record)
+            report.forms = made.counts
             return made
         report.declined.append(record)
     return None

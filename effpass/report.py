@@ -130,6 +130,7 @@ class GraphReport:
     raised: list[Raised] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
+    forms: dict[str, int] = field(default_factory=dict)  # calls of each form of a packed graph
 
     @property
     def coverage(self) -> list[Coverage]:

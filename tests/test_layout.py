@@ -15,11 +15,11 @@ ENVIRONMENT = {"EFFPASS_CACHE_DIR"}
 
 # lowest first: a module imports from rows above its own, and from its own component
 LAYERS: list[set[str]] = [
-    {"report", "config"},
+    {"report"},
     {"axes", "graph", "rows"},
     {"ops"},
     {"patterns", "passes", "fit", "capture", "lowering"},
-    {"lower", "ledger", "debug"},
+    {"config", "lower", "ledger", "debug"},
     {"backend"},
     {"explain", "export"},
     {"effpass"},  # the public names

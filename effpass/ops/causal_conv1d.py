@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from effpass.ops.op import accumulate_dtype, empty_gradient, op, sequences
+from effpass.axes.relation import Kind
+from effpass.ops.op import SCAN, accumulate_dtype, empty_gradient, op, sequences
 
 ACTIVATIONS = (None, "silu")
 
@@ -94,6 +95,7 @@ def _check(*, sizes: dict[str, Any], activation: str | None, **_: Any) -> None:
     backward=_backward,
     state_dtype=lambda dtype: dtype,
     check=_check,
+    kinds={**SCAN, "w": Kind.BOUND, "w-1": Kind.BOUND},
 )
 def causal_conv1d(
     x: Tensor,

@@ -122,7 +122,7 @@ def _check(*, sizes: dict[str, Any], dt_min: float, dt_max: float | None, **_: A
     "initial_state: s h p n -> y: b t h p; final_state: s h p n",
     backward=_backward,
     check=_check,
-    kinds={**SCAN, "h": Kind.BOUND},  # heads belong to groups
+    kinds={**SCAN, "h": Kind.BOUND, "g": Kind.BOUND},  # heads belong to groups
 )
 def ssd_scan(
     x: Tensor,

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import SymInt, Tensor
+from torch._dynamo import maybe_mark_dynamic
 from torch.fx import Graph, GraphModule, Node
 
+from effpass.axes.labels import expression
 from effpass.passes.packing.find import packed_form
 from effpass.passes.packing.places import Unpackable
 from effpass.passes.packing.prologue import Needs, Packed
@@ -86,7 +89,47 @@ def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
 
 
 def _compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
-    def run(*inputs: Any) -> Any:  # Dynamo skips a GraphModule that it is given itself
-        return gm(*inputs)
+    """A graph as a function that is compiled when it is first called, once for all sizes.
 
-    return torch.compile(run, backend=compile)
+    Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
+    read from a tensor, where one has them: an integer would be a constant at first.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values = [node.meta.get("val") for node in inputs]
+    tensors = {i: v for i, v in enumerate(values) if not isinstance(v, SymInt)}
+    symbolic = {
+        i: [d for d, size in enumerate(v.shape) if isinstance(size, SymInt)]
+        for i, v in tensors.items()
+        if isinstance(v, Tensor)
+    }
+    read = {i: _size_of(v, values, symbolic) for i, v in enumerate(values) if i not in tensors}
+
+    def run(*given: Any) -> Any:
+        every = list(given)
+        for i, place in read.items():
+            if place is not None:
+                every[i] = given[place[0]].shape[place[1]]
+        return gm(*every)  # Dynamo skips a GraphModule that it is given itself
+
+    made = torch.compile(run, backend=compile)
+
+    def call(*given: Any) -> Any:
+        every = [None if read.get(i) is not None else v for i, v in enumerate(given)]
+        for i, dims in symbolic.items():
+            if dims:
+                every[i] = given[i].view_as(given[i])  # the user's tensor stays unmarked
+                maybe_mark_dynamic(every[i], dims)
+        return made(*every)
+
+    return call
+
+
+def _size_of(
+    size: SymInt, values: Sequence[Any], symbolic: dict[int, list[int]]
+) -> tuple[int, int] | None:
+    """A tensor among the inputs, and its dim, of this size."""
+    for i, dims in symbolic.items():
+        for d in dims:
+            if expression(values[i].shape[d]) == expression(size):
+                return i, d
+    return None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from effpass.axes.labels import Dim, Dims
+from effpass.axes.labels import Dim, Dims, opname
 from effpass.axes.relation import Each, Kind, Relation, is_tensor, rule, values
 
+INDICES = ("max", "min", "argmax", "argmin", "median")  # they answer where, too
 REDUCTIONS = (
     *("sum", "mean", "amax", "amin", "prod", "var", "std", "any", "all", "norm", "logsumexp"),
     *("nansum", "linalg_vector_norm", "max", "min", "argmax", "argmin", "count_nonzero", "median"),
@@ -25,7 +26,7 @@ def reduction(found: Relation, given: Mapping[str, Any]) -> Dims | Each | None:
     chosen = given.get("dim", None)
     folded = _chosen(chosen, len(dims))
     for d in folded:
-        found.mark(dims[d], Kind.FOLDED)
+        found.mark(dims[d], Kind.BOUND if opname(found.node) in INDICES else Kind.FOLDED)
     keep = bool(given.get("keepdim", False))
     left = [() if i in folded else dim for i, dim in enumerate(dims) if keep or i not in folded]
     return Each((tuple(left),) * len(values(found.node)))
@@ -60,7 +61,7 @@ def topk(found: Relation, given: Mapping[str, Any]) -> Each:
     """The best few along a dim."""
     dims = found.take(_first(found))
     d = given["dim"] % len(dims)
-    found.mark(dims[d], Kind.FOLDED)
+    found.mark(dims[d], Kind.BOUND)
     best: Dim = found.fresh()[d]
     found.mark(best, Kind.BOUND)
     return Each(((*dims[:d], best, *dims[d + 1 :]),) * 2)

@@ -144,7 +144,7 @@ def loss(found: Relation, given: Mapping[str, Any]) -> Dims | None:
     found.read(target, x[:1])
     if is_tensor(given["weight"]):
         found.read(given["weight"], x[1:])
-    found.mark(x[1], Kind.FOLDED)
+    found.mark(x[1], Kind.BOUND)  # targets are indices of it
     if values(found.node)[0].dim() == 1:
         return x[:1]
     found.mark(x[0], Kind.FOLDED)

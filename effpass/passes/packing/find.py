@@ -51,7 +51,7 @@ def _candidates(gm: GraphModule) -> Iterator[Node]:
 
 
 def _solved(gm: GraphModule, mask: Node) -> Solution:
-    """Axes of the graph, if ``mask`` is the padding mask: its rows and tokens are attention's.
+    """Axes of the graph, if ``mask`` is the padding mask: its rows and tokens are those of keys.
 
     An index leads from a mask (b, t) to keys in many models, which says nothing of axes; that they
     are the same is proven later, by what the mask of every attention is on sample paddings.
@@ -61,12 +61,11 @@ def _solved(gm: GraphModule, mask: Node) -> Solution:
     for node in attentions(gm):
         given = arguments(node)
         if is_tensor(given["attn_mask"]) and _reaches(mask, given["attn_mask"]):
-            for source in (given["query"], given["key"]):
-                dims = solution.dims(source)
-                shape = values(source)[0].shape
-                for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
-                    if expression(shape[d]) == expression(values(mask)[0].shape[size]):
-                        solution.classes.join(axis, dims[d])
+            source = given["key"]
+            dims, shape = solution.dims(source), values(source)[0].shape
+            for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
+                if expression(shape[d]) == expression(values(mask)[0].shape[size]):
+                    solution.classes.join(axis, dims[d])
     return solution
 
 

@@ -5,7 +5,7 @@ with one row (b = 1) of all real tokens (t = N). What a node needs is asked for 
 
 - free nodes run on packed operands: same op, same dims, other sizes;
 - attention, scans and convolutions get the boundaries of sequences;
-- what depends on positions or masks alone is computed as it was, and its tokens gathered;
+- what depends on integers or positions alone is computed as it was, and its tokens gathered;
 - what is read in plain form, graph outputs above all, is scattered back, zero at padding.
 """
 
@@ -52,6 +52,7 @@ class Rewriter:
         self._heavy: dict[Node, bool] = {}
         for node in gm.graph.find_nodes(op="placeholder"):
             self._plain[node] = self.graph.placeholder(str(node.target))
+            self._plain[node].meta["val"] = node.meta.get("val")
         self.index = {name: self.graph.placeholder(f"packed_{name}") for name in INDEX_INPUTS}
         self.tokens = self.graph.call_method("size", (self.index["indices"], 0))
         mask = self._plain[places.mask]
@@ -193,11 +194,10 @@ class Rewriter:
         return self._packed[node]
 
     def _made_packed(self, node: Node) -> Node:
-        holds = self.place(node).holds
-        if holds is Holds.POSITIONS or node.op == "placeholder":
+        if node.op == "placeholder" or not self.heavy(node):
             return self._gathered(node)
-        if not self.heavy(node) and not self._can_pack(node):
-            return self._gathered(node)
+        if self.place(node).holds is not Holds.TOKENS:
+            raise Unpackable("rows", node, "it mixes the rows of the batch")
         source, output = _output_of(node)
         return self.outputs(source)[output]
 

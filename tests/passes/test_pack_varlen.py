@@ -1,0 +1,249 @@
+"""PackVarlen on small models: as the padded model at real tokens, or declined with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import effpass
+from effpass.report import Declined
+from tests.passes import small
+from tests.passes.paddings import paddings, real
+from tests.tolerances import close
+
+ROWS = 4
+
+
+def compiled(model: nn.Module, compiler: str = "eager") -> Any:
+    return torch.compile(
+        model, backend="effpass", options={"pack_varlen": True, "compiler": compiler}
+    )
+
+
+def ids(rows: int, tokens: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rows + tokens)
+    return torch.randint(0, small.VOCAB, (rows, tokens), generator=generator)
+
+
+def declined(run: Any) -> list[Declined]:
+    return [d for graph in effpass.report(run).graphs for d in graph.declined]
+
+
+def ran(run: Any) -> dict[str, int]:
+    """How often each form ran, over all graphs."""
+    counts = {"plain": 0, "packed": 0}
+    for graph in effpass.report(run).graphs:
+        for form, count in graph.forms.items():
+            counts[form] += count
+    return counts
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+SPELLINGS = (
+    *(small.additive, small.boolean, small.filled, small.causal, small.banded),
+    *(small.local_and_causal, small.both_ways),
+)
+HEADS = (small.tokens, small.first, small.last, small.masked_mean, small.steered)
+named = lambda f: f.__name__  # noqa: E731
+
+
+@pytest.mark.parametrize("spell", SPELLINGS, ids=named)
+def test_masks_in_any_spelling(spell: small.Bias) -> None:
+    model = seeded(lambda: small.Encoder(spell, small.tokens))
+    run = compiled(model)
+    for tokens in (7, 12, 5):
+        for _, mask in paddings(ROWS, tokens):
+            x = ids(ROWS, tokens)
+            actual, expected = run(x, mask), model(x, mask)
+            close(real(actual, mask), real(expected, mask), "model_fp32")
+            assert not actual[mask == 0].any()
+    assert ran(run) == {"plain": 0, "packed": 9}, declined(run)
+
+
+WRONG = {
+    small.nothing: "other_mask",
+    small.inverted: "other_mask",
+    small.prefix: "other_mask",
+    small.biased: "bias",
+    small.shifted: "other_mask",
+    small.other_rows: "other_mask",
+}
+
+
+@pytest.mark.parametrize("spell", WRONG, ids=named)
+def test_other_masks_are_declined(spell: small.Bias) -> None:
+    model = seeded(lambda: small.Encoder(spell, small.masked_mean))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 7), next(paddings(ROWS, 7))
+    close(run(x, mask), model(x, mask), "model_fp32")
+    (record,) = declined(run)
+    assert record.code == f"pack_varlen:{WRONG[spell]}", record
+    assert ran(run) == {"plain": 0, "packed": 0}
+
+
+@pytest.mark.parametrize("head", HEADS, ids=named)
+@pytest.mark.parametrize("mixer", ["attention", "scan"])
+def test_heads(head: small.Head, mixer: str) -> None:
+    make = {
+        "attention": lambda: small.Encoder(small.boolean, head),
+        "scan": lambda: small.Recurrent(head=head),
+    }[mixer]
+    model = seeded(make)
+    run = compiled(model)
+    for tokens in (7, 10):
+        x, (_, mask) = ids(ROWS, tokens), next(paddings(ROWS, tokens))
+        actual, expected = run(x, mask), model(x, mask)
+        if actual.shape[:2] == mask.shape:
+            actual, expected = real(actual, mask), real(expected, mask)
+        close(actual, expected, "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 2}, declined(run)
+
+
+@pytest.mark.parametrize(
+    "head", [small.plain_mean, small.maximum, small.backwards, small.centred], ids=named
+)
+def test_heads_that_read_padding_are_declined(head: small.Head) -> None:
+    model = seeded(lambda: small.Encoder(small.boolean, head))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 7), next(paddings(ROWS, 7))
+    close(run(x, mask), model(x, mask), "model_fp32")
+    (record,) = declined(run)
+    assert record.code in ("pack_varlen:reads_padding", "pack_varlen:mixes_tokens"), record
+
+
+@pytest.mark.parametrize("head", [small.first, small.last], ids=named)
+def test_a_position_that_is_padding_runs_plain(head: small.Head) -> None:
+    """With padding on the left, these heads read padding (first) or another token (last)."""
+    model = seeded(lambda: small.Encoder(small.boolean, head))
+    run = compiled(model)
+    x, mask = ids(3, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    mask[0, 2] = 0 if head is small.last else 1
+    close(run(x, mask), model(x, mask), "model_fp32")
+    assert ran(run) == {"plain": 1, "packed": 0}, declined(run)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_scans_run_packed_where_padding_does_not_reach_them(masked: bool) -> None:
+    """A mask that closes the inputs allows padding in front; without one only that at the end."""
+    model = seeded(lambda: small.Recurrent(masked, small.masked_mean))
+    run = compiled(model)
+    for _, mask in paddings(ROWS, 9):
+        x = ids(ROWS, 9)
+        close(run(x, mask), model(x, mask), "model_fp32")
+    if not masked:  # then nothing proves that it is a padding mask
+        assert declined(run)[0].code == "pack_varlen:no_mask"
+    else:
+        assert ran(run) == {"plain": 1, "packed": 2}
+
+
+@pytest.mark.parametrize("mixer", ["attention", "scan"])
+@pytest.mark.parametrize("compiler", ["eager", "inductor"])
+def test_gradients(mixer: str, compiler: str) -> None:
+    make = {
+        "attention": lambda: small.Encoder(small.causal, small.tokens),
+        "scan": lambda: small.Recurrent(),
+    }[mixer]
+    model = seeded(make).train()
+    run = compiled(model, compiler)
+    for tokens in (8, 13):
+        x, (_, mask) = ids(ROWS, tokens), next(paddings(ROWS, tokens))
+        weights = torch.linspace(0.5, 1.5, int(mask.sum()))[:, None]
+        losses = [(real(f(x, mask), mask).square() * weights).sum() for f in (run, model)]
+        actual, expected = (torch.autograd.grad(each, list(model.parameters())) for each in losses)
+        for a, e in zip(actual, expected, strict=True):
+            close(a, e, "model_gradient_fp32")
+    assert ran(run) == {"plain": 0, "packed": 2}
+
+
+def test_edges() -> None:
+    """Rows of padding alone, one token, no padding, one row."""
+    model = seeded(lambda: small.Encoder(small.boolean, small.tokens))
+    run = compiled(model)
+    x, mask = ids(ROWS, 6), torch.ones(ROWS, 6, dtype=torch.long)
+    mask[1], mask[2, 1:] = 0, 0
+    close(real(run(x, mask), mask), real(model(x, mask), mask), "model_fp32")
+    assert not run(x, mask)[1].any()
+    assert ran(run) == {"plain": 0, "packed": 2}
+    for single in (torch.ones_like(mask), torch.zeros_like(mask)):
+        run(x, single)
+    assert ran(run) == {"plain": 2, "packed": 2}
+    one = seeded(lambda: small.Recurrent())
+    run, mask = compiled(one), torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
+    close(real(run(ids(1, 7), mask), mask), real(one(ids(1, 7), mask), mask), "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 1}
+
+
+def test_sequences_are_apart() -> None:
+    """What one sequence holds, NaN too, leaves the others as they are, bit by bit."""
+    for make in (lambda: small.Encoder(small.causal, small.tokens), lambda: small.Recurrent()):
+        model = seeded(make)
+        run = compiled(model)
+        x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+        before = run(x, mask)
+        model.embed.weight.data[3] = float("nan")
+        x[1] = torch.where(x[1] == 3, 4, x[1])
+        x[x == 3] = 4
+        clean = run(x, mask)
+        x[1] = 3
+        spoilt = run(x, mask)
+        assert spoilt[1].isnan().any() and before.isfinite().all()
+        others = [0, 2, 3]
+        assert torch.equal(spoilt[others], clean[others])
+
+
+def test_masks_hold_zeros_and_ones() -> None:
+    model = seeded(lambda: small.Encoder(small.boolean, small.tokens))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 6), next(paddings(ROWS, 6))
+    run(x, mask)
+    with pytest.raises(ValueError, match=r"expected the padding mask to hold 0 .* to 3"):
+        run(x, mask * 3)
+
+
+def test_a_second_length_is_the_last_to_compile() -> None:
+    """After the second batch nothing is compiled again, whatever the lengths."""
+    model = seeded(lambda: small.Encoder(small.causal, small.tokens))
+    run = compiled(model)
+    counts = []
+    for tokens in (6, 9, 13, 7, 20, 11):
+        for _, mask in paddings(ROWS, tokens):
+            run(ids(ROWS, tokens), mask)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(counts[1:])) == 1, counts
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.int32])
+def test_dtypes_of_masks(dtype: torch.dtype) -> None:
+    model = seeded(lambda: small.Encoder(lambda m: m[:, None, None, :] > 0, small.masked_mean))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 8), next(paddings(ROWS, 8))
+    close(run(x, mask.to(dtype)), model(x, mask.to(dtype)), "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 1}, declined(run)
+
+
+def test_what_is_not_contiguous() -> None:
+    model = seeded(lambda: small.Recurrent())
+    run = compiled(model)
+    x, (_, mask) = ids(9, ROWS).t(), next(paddings(ROWS, 9))
+    mask = mask.t().contiguous().t()
+    close(real(run(x, mask), mask), real(model(x, mask), mask), "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 1}
+
+
+def test_weights_change_between_calls() -> None:
+    model = seeded(lambda: small.Encoder(small.boolean, small.tokens))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 8), next(paddings(ROWS, 8))
+    for _ in range(2):
+        close(real(run(x, mask), mask), real(model(x, mask), mask), "model_fp32")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
