@@ -105,7 +105,7 @@ class Op:
         known = {"s": first.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1}
         shapes = {n: None if a is None else a.shape for n, a in arguments.items() if _maybe(a)}
         shared = {n: self.axes.inputs[n][1:] for n in self.per_head if len(shapes[n] or ()) == 1}
-        axes = replace(self.axes, inputs={**self.axes.inputs, **shared})
+        axes = replace(self.axes, inputs={**self.axes.inputs, **shared}) if shared else self.axes
         return axes.bind(self.name, shapes, **known)
 
     def validate(self, **arguments: Any) -> None:

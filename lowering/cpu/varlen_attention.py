@@ -14,7 +14,8 @@ that this stretch sees. Around the kernel's gaps:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ class _Problem:
     q_pos: Tensor | None
     k_pos: Tensor | None
 
+    def limits(self, length: int, length_k: int) -> tuple[int, int]:
+        """The window for sequences of these lengths, -1 where it hides nothing that is there."""
+        left, right = self.window
+        behind, ahead = self._distances or (length_k - 1, length - 1)
+        hides_right = right < ahead and not self.causal
+        return left if left < behind else -1, right if hides_right else -1
+
+    @cached_property
+    def _distances(self) -> tuple[int, int] | None:
+        """How far any key stands behind any query, and ahead of it, if positions are given."""
+        if self.q_pos is None or self.k_pos is None:
+            return None
+        behind, ahead = self.q_pos.max() - self.k_pos.min(), self.k_pos.max() - self.q_pos.min()
+        return int(behind), int(ahead)
+
     def seen(self, which: int, like: Tensor) -> Tensor:
         """(queries, keys) of one sequence."""
         at = positions(*self.spans[which], self.q_pos, self.k_pos, like)
@@ -79,20 +95,21 @@ def _plan(problem: _Problem, heads: int, like: Tensor) -> Iterator[_Call]:
         lengths = i.stop - i.start, j.stop - j.start
         if min(lengths) > 0:
             by_length.setdefault(lengths, []).append(which)
-    limited = problem.causal or max(problem.window) >= 0
     for (length, length_k), members in by_length.items():
-        if not limited or (length == length_k and _in_order(problem, members)):
-            spans = [problem.spans[which] for which in members]
+        here = replace(problem, window=problem.limits(length, length_k))
+        limited = here.causal or max(here.window) >= 0
+        if not limited or (length == length_k and _in_order(here, members)):
+            spans = [here.spans[which] for which in members]
             yield _Call(members, [i for i, _ in spans], [j for _, j in spans], limited, None, None)
             continue
-        per_query = length_k * (1 if problem.bias is None else heads)
-        alike = problem.q_pos is None and problem.bias is None
+        per_query = length_k * (1 if here.bias is None else heads)
+        alike = here.q_pos is None and here.bias is None
         at_once = len(members) if alike else max(1, MASK_ELEMENTS // (length * per_query))
-        stretch = max(1, min(MASK_ELEMENTS // per_query, _reach(problem)))
+        stretch = max(1, min(MASK_ELEMENTS // per_query, _reach(here)))
         for first in range(0, len(members), at_once):
             for start in range(0, length, stretch):
                 rows = slice(start, min(start + stretch, length))
-                call = _masked(problem, members[first : first + at_once], rows, like)
+                call = _masked(here, members[first : first + at_once], rows, like)
                 if call is not None:
                     yield call
 

@@ -1,5 +1,6 @@
 """Packed attention by torch's fused kernel against the definition in float64."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -104,6 +105,19 @@ def test_a_window_does_not_read_the_keys_outside() -> None:
         (c.queries[0].stop - c.queries[0].start, c.keys[0].stop - c.keys[0].start) for c in calls
     ]
     assert widths == [(3, 3), (256, 258), (145, 154), (1, 1)]  # the second sequence has 401
+
+
+def test_a_window_wider_than_a_sequence_needs_no_mask() -> None:
+    """That of a model for long texts, on short ones: only the one of 9 tokens has a mask."""
+    narrow = {"window": (7, 0), "causal": True}
+    for made in (AttentionSample("index"), NAMED["gaps"]):
+        made = dataclasses.replace(made, lengths=(9, 8, 3, 8), more=narrow)
+        calls = list(lowering._plan(_problem(made), 4, torch.empty(0)))
+        masked = [c.queries[0].stop - c.queries[0].start for c in calls if c.seen is not None]
+        assert masked == ([9] if made.name == "index" else [9, 8, 3]), made
+    wide = dataclasses.replace(NAMED["gaps"], more={"window": (70, 0), "causal": True})
+    assert all(c.seen is None for c in lowering._plan(_problem(wide), 4, torch.empty(0)))
+    _agree(_found(wide.given()), _wanted(wide, torch.float32))
 
 
 @pytest.mark.parametrize(

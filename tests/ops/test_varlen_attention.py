@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import effpass
+from effpass.axes.solve import solve
 from effpass.ops import varlen_attention
 from effpass.ops.varlen_attention import positions, visible
 from tests.ops.attention_samples import (
@@ -110,24 +112,26 @@ def test_a_query_without_keys_is_zero_and_has_no_gradient() -> None:
 @pytest.mark.parametrize(
     "overload", [DEFINITION, varlen_attention.overload], ids=["inline", "first"]
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name", ["plain", "causal window", "gaps", "cross, causal", "bias, causal"]
 )
-def test_a_bad_sequence_stays_alone(overload: Callable[..., Tensor], name: str) -> None:
-    given = NAMED[name].given()
+def test_a_bad_sequence_stays_alone(
+    overload: Callable[..., Tensor], name: str, dtype: torch.dtype
+) -> None:
+    given = NAMED[name].given(dtype)
     clean = results(overload, given)
-    bad, bad_k = (
-        slice(*given[n][5:7].tolist()) if given[n] is not None else None
-        for n in ("cu_seqlens", "cu_seqlens_k")
-    )
-    assert bad is not None
-    for tensor, at in (("q", bad), ("k", bad_k or bad), ("v", bad_k or bad)):
+    keys = given["cu_seqlens"] if given["cu_seqlens_k"] is None else given["cu_seqlens_k"]
+    bad, keyed = (slice(*each[5:7].tolist()) for each in (given["cu_seqlens"], keys))
+    for tensor, at in (("q", bad), ("k", keyed), ("v", keyed), ("bias", keyed)):
+        if given[tensor] is None:
+            continue
         spoilt = {**given, tensor: given[tensor].clone()}
         spoilt[tensor][at] = float("nan")
         found = results(overload, spoilt)
         assert found["out"][bad].isnan().any()
         for other, wanted in clean.items():
-            mine = bad if other in ("out", "q") else bad_k or bad
+            mine = bad if other in ("out", "q") else keyed
             keep = torch.ones(wanted.shape[0], dtype=torch.bool)
             keep[mine] = False
             assert torch.equal(found[other][keep], wanted[keep]), (tensor, other)
@@ -307,6 +311,22 @@ def test_a_compiled_graph_takes_the_kernel_or_says_why_not() -> None:
     plain, capped = effpass.report(compiled).chosen
     assert (plain.op, plain.implementation) == ("varlen_attention", "cpu")
     assert (capped.implementation, capped.refused) == ("inline", (("cpu", "has no soft cap"),))
+
+
+@pytest.mark.parametrize("bias", [torch.randn(9), torch.randn(4, 9)], ids=["keys", "heads"])
+def test_axes_of_a_call_are_known(bias: Tensor) -> None:
+    made = (torch.randn(8, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 5))
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, at: Tensor, at_k: Tensor) -> Tensor:
+        return varlen_attention.overload(q, k, v, at, 5, at_k, 6, bias=bias)
+
+    traced = make_fx(call, tracing_mode="fake")(*made, bias, offsets(3, 5), offsets(3, 6))
+    q, k, v, added, *_, out, _ = traced.graph.nodes
+    found = solve(traced)
+    (t, h, _), (tk, _, _), (*_, e) = (found.dims(each) for each in (q, k, v))
+    assert found.dims(out) == (t, h, e) and t != tk
+    assert found.dims(added) == (h, tk)[-bias.dim() :]
+    assert not found.conflicts
 
 
 def test_bounds_are_checked_when_a_compiled_graph_runs() -> None:
