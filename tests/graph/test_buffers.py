@@ -185,6 +185,13 @@ def over_each_other(x: Tensor, a: Tensor) -> Tensor:
     return ys * 2
 
 
+def over_each_other_up_to_the_end(x: Tensor, a: Tensor) -> Tensor:
+    ys = torch.zeros(2, 5, 3)
+    ys[:, 1:3] = x[:, 1:3]
+    ys[:, 2:5] = a[:, 2:5]
+    return ys * 2
+
+
 def along_two_dims(x: Tensor, a: Tensor) -> Tensor:
     ys = torch.zeros(2, 5, 3)
     ys[0] = x[0]
@@ -238,6 +245,7 @@ STAY: tuple[Program, ...] = (
     read_before_it_is_full,
     two_left_out,
     over_each_other,
+    over_each_other_up_to_the_end,
     along_two_dims,
     every_other,
     laid_out_otherwise,
@@ -253,8 +261,14 @@ def test_not_joined(run: Program) -> None:
     assert compiled.nodes(*SCATTERS) >= 2
 
 
-def test_rows_without_gradients_stay_without() -> None:
-    compiled = equal(a_row_without_gradients, X, A)
+def a_row_without_gradients_beside_one_with(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    row, ys = a_row_without_gradients(x, a)
+    return row * x[:, 2], ys
+
+
+@pytest.mark.parametrize("run", [a_row_without_gradients, a_row_without_gradients_beside_one_with])
+def test_rows_without_gradients_stay_without(run: Program) -> None:
+    compiled = equal(run, X, A)
     assert compiled.nodes("stack") == 1
 
 
