@@ -9,9 +9,20 @@ from effpass.config import Config
 from effpass.debug import dump
 from effpass.explain import explain
 from effpass.ledger import report
+from effpass.passes.pack_varlen import PackVarlen
 from effpass.report import Report
 from effpass.rows import PackedDataset, pack
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "PackedDataset", "Report", "dump", "explain", "ops", "pack", "report"]
+__all__ = [
+    "Config",
+    "PackVarlen",
+    "PackedDataset",
+    "Report",
+    "dump",
+    "explain",
+    "ops",
+    "pack",
+    "report",
+]

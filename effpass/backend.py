@@ -28,8 +28,9 @@ from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
+from effpass.passes.pack_varlen import Forms
 from effpass.patterns.raising import raise_ops
-from effpass.report import Called, Declined, GraphReport, Miss
+from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
 log = logging.getLogger("effpass")
 _NUMBERS = itertools.count()
@@ -72,8 +73,9 @@ def compile_graph(
         report.applied += clean(graph)
         stages.graph("raised", graph)
     report.misses += _unraised(graph, report)
-    packed = _packed(graph, config, report)
+    packed = _packed(graph, inputs, config, report)
     if packed is not None:
+        report.declined += _declined_functions(graph)
         report.seconds = time.perf_counter() - started
         (keep or _publish(gm, inputs))(report)
         return packed
@@ -151,23 +153,46 @@ def _verified(
     return before
 
 
-def _packed(graph: GraphModule, config: Config, report: GraphReport) -> Callable[..., Any] | None:
+def _packed(
+    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> Callable[..., Any] | None:
     """The graph with and without padding as one callable, where that was asked for and can be."""
+    chosen: dict[str, list[Chosen]] = {}
 
-    def finish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        form = capture(gm, inputs)
-        clean(form)
-        report.chosen += lower(form, config.targets)
-        return _compile(form, inputs, config)
+    def compile(form: str) -> Callable[..., Any]:
+        def finish(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
+            made = capture(gm, given)
+            clean(made)
+            chosen[form] = lower(made, config.targets)
+            report.chosen = chosen.get("packed") or chosen[form]
+            return _compile(made, given, config)
+
+        return finish
 
     for each in config.passes:
-        made, record = each.apply(graph, finish)
-        if made is not None:
-            report.applied.append(record)
-            report.forms = made.counts
-            return made
-        report.declined.append(record)
+        found = each.apply(graph, compile)
+        if isinstance(found, Declined):
+            report.declined.append(found)
+            continue
+        if config.verify and not _agree(found, inputs, config, report):
+            continue
+        report.applied.append(found.what)
+        report.forms = found.run.counts
+        report.nodes_after = len(found.packed.graph.nodes)
+        return found.run
     return None
+
+
+def _agree(forms: Forms, inputs: Sequence[Any], config: Config, report: GraphReport) -> bool:
+    try:
+        report.verified = forms.verify(inputs)
+    except VerificationError as error:
+        if config.strict:
+            raise
+        report.verified = f"failed: {error}; the graph runs with its padding"
+        warnings.warn(f"effpass: verification failed in pack_varlen: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:

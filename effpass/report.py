@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 # the ops that stand in graphs as nodes; whatever else is raised is torch's own, or only recorded
-NODES = frozenset(("selective_scan", "ssd_scan", "linear_recurrence", "causal_conv1d"))
+NODES = frozenset(
+    ("selective_scan", "ssd_scan", "linear_recurrence", "causal_conv1d", "varlen_attention")
+)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,9 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
         f"verification: {graph.verified}",
         style="bold",
     )
+    if graph.forms:
+        calls = ", ".join(f"{name} {count}" for name, count in graph.forms.items())
+        yield Text(f"  calls of each form: {calls}")
     if graph.coverage:
         yield _coverage_table(graph.coverage)
     else:

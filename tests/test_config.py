@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from effpass import Config
+from effpass import Config, PackVarlen
 from tests.tiny import Stack
 
 
@@ -36,8 +36,22 @@ def test_wrong_types() -> None:
         Config.from_options({"verify": 1})
     with pytest.raises(TypeError, match="expected targets to be a tuple of names, found 'cpu'"):
         Config(targets="cpu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="this version has none"):
+    with pytest.raises(TypeError, match="expected passes to be of PackVarlen, found 'quantize'"):
         Config(passes=("quantize",))
+    with pytest.raises(TypeError, match="expected pack_varlen to be True, False or a dict"):
+        Config.from_options({"pack_varlen": 1})
+
+
+def test_passes_by_name() -> None:
+    assert Config.from_options({"pack_varlen": True}).passes == (PackVarlen(),)
+    assert Config.from_options({"pack_varlen": {}}).passes == (PackVarlen(),)
+    assert Config.from_options({"pack_varlen": False}).passes == ()
+    with pytest.raises(ValueError, match="expected each pass once"):
+        Config(passes=(PackVarlen(), PackVarlen()))
+    with pytest.raises(ValueError, match="unknown field 'ratio' of pack_varlen: it has none"):
+        Config.from_options({"pack_varlen": {"ratio": 1}})
+    with pytest.raises(ValueError, match="did you mean 'pack_varlen'"):
+        Config.from_options({"pack_varlens": True})
 
 
 def test_a_config_comes_alone() -> None:

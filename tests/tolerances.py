@@ -27,17 +27,6 @@ TOLERANCES: dict[str, tuple[float, float, str]] = {
         "torch's kernel keeps weights, outputs and their gradients in 8 bits between its products",
     ),
     "attention_fp16": (2**-9, 3e-3, "the same in 11 bits"),
-    "attention_fp32": (
-        3e-6,
-        3e-6,
-        "the same; a query with one key has no gradient in truth, only the rounding of its terms",
-    ),
-    "attention_bf16": (
-        2**-6,
-        2e-2,
-        "torch's kernel keeps weights, outputs and their gradients in 8 bits between its products",
-    ),
-    "attention_fp16": (2**-9, 3e-3, "the same in 11 bits"),
     "model_bf16": (
         4e-2,
         1e-3,

@@ -28,18 +28,19 @@ def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> st
     Outputs and inputs written in place are compared. Raises VerificationError naming the first
     value that differs. Answers "not run: ..." where the graph cannot be run on the side.
     """
-    reason = _cannot(before, inputs)
+    reason = cannot_run(before, inputs)
     if reason is not None:
         return f"not run: {reason}"
-    expected, actual = _run(before, inputs), _run(after, inputs)
+    expected, actual = run_copy(before, inputs), run_copy(after, inputs)
     worst = 0.0
     for i, (want, have) in enumerate(zip(expected, actual, strict=True)):
         if isinstance(want, Tensor):
-            worst = max(worst, _difference(i, want, have))
+            worst = max(worst, difference(i, want, have))
     return f"equal within {worst:.1e} of the largest value"
 
 
-def _cannot(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
+def cannot_run(gm: GraphModule, inputs: Sequence[Any]) -> str | None:
+    """Why a graph cannot be run on the side; None where it can."""
     if any(isinstance(v, FakeTensor) for v in inputs):
         return "the inputs are fake (distributed wrappers give no real ones)"
     written = _written(gm)
@@ -68,7 +69,8 @@ def _written(gm: GraphModule) -> set[Node]:
     return found
 
 
-def _run(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+def run_copy(gm: GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Outputs, and inputs after the call, of a graph that runs on copies of ``inputs``."""
     copies = [_copy(v) for v in inputs]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -84,7 +86,8 @@ def _copy(value: Any) -> Any:
     return value.node.hint if isinstance(value, torch.SymInt) else value
 
 
-def _difference(index: int, want: Tensor, have: Tensor) -> float:
+def difference(index: int, want: Tensor, have: Tensor) -> float:
+    """How far ``have`` is from ``want``, of its largest value. Raises VerificationError."""
     if want.shape != have.shape or want.dtype != have.dtype:
         raise VerificationError(
             f"value {index}: expected {want.dtype} of shape {tuple(want.shape)}, "

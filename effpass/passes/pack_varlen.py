@@ -15,15 +15,70 @@ import torch
 from torch import SymInt, Tensor
 from torch._dynamo import maybe_mark_dynamic
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import expression
+from effpass.axes.relation import arguments
+from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
-from effpass.passes.packing.places import Unpackable
-from effpass.passes.packing.prologue import Needs, Packed
+from effpass.passes.packing.places import Holds, Unpackable
+from effpass.passes.packing.prologue import Needs, Packed, indices
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.report import Applied, Declined
 
 Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """A graph that may run packed. ``run`` chooses by the padding; ``what``: the record of it."""
+
+    rewriter: Rewriter
+    plain: GraphModule
+    packed: GraphModule
+    run: Packed
+    what: Applied
+
+    def verify(self, inputs: Sequence[Any]) -> str:
+        """Compares both forms on copies of ``inputs``, at real tokens; answers how close they are.
+
+        Raises VerificationError. Answers "not run: ..." where they cannot be compared.
+        """
+        reason = cannot_run(self.plain, inputs)
+        if reason is not None:
+            return f"not run: {reason}"
+        mask = inputs[self.run.mask]
+        real = mask != 0
+        if not self.run.fits(mask, real, inputs):
+            return "not run: this batch has no padding, or such that the plain graph runs"
+        if any(map(_random, self.plain.graph.nodes)):
+            return "not run: the graph draws random numbers, for other tokens when it runs packed"
+        count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
+        expected = run_copy(self.plain, inputs)
+        actual = run_copy(self.packed, [*inputs, *indices(real)])
+        worst = 0.0
+        for i, (want, have) in enumerate(zip(expected, actual, strict=False)):
+            if isinstance(want, Tensor) and i < count:
+                worst = max(worst, difference(i, self._real(i, want, real), have))
+        return f"equal within {worst:.1e} of the largest value, at real tokens"
+
+    def _real(self, output: int, value: Tensor, real: Tensor) -> Tensor:
+        """An output of the plain graph, zero at padding where it holds tokens."""
+        outputs: Any = self.plain.graph.output_node().args[0]
+        node = pytree.tree_leaves(outputs)[output]
+        place = self.rewriter.place(node)
+        if place.holds is not Holds.TOKENS or place.token is None:
+            return value
+        shape = [1] * value.dim()
+        if place.batch == place.token:
+            keep = real.flatten()
+            shape[place.token] = keep.numel()
+            return value * keep.view(shape)
+        shape[place.token] = real.shape[1]
+        if place.batch is not None:
+            shape[place.batch] = real.shape[0]
+            real = real.t() if place.batch > place.token else real
+        return torch.where(real.reshape(shape), value, torch.zeros_like(value))
 
 
 @dataclass(frozen=True)
@@ -37,26 +92,34 @@ class PackVarlen:
 
     name = "pack_varlen"
 
-    def apply(self, gm: GraphModule, compile: Compile) -> tuple[Packed | None, Applied | Declined]:
-        """The two forms of a graph as one callable, or the reason why there is but one.
+    def apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms | Declined:
+        """The two forms of a graph, or the reason why there is but one.
 
-        ``compile`` makes a callable of a graph, when it is first run.
+        ``compile`` of the name of a form makes a callable of its graph, when it is first run.
         """
         try:
             rewriter, packed = packed_form(gm)
         except Unpackable as reason:
             code = f"{self.name}:{reason.code}"
-            return None, Declined(code, reason.where, reason.reason, reason.hint)
+            return Declined(code, reason.where, reason.reason, reason.hint)
         inputs = gm.graph.find_nodes(op="placeholder")
-        made = Packed(
+        run = Packed(
             list(inputs).index(rewriter.places.mask),
             needs(rewriter),
-            _compiled(gm, compile),
-            _compiled(packed, compile),
+            _compiled(gm, compile("plain")),
+            _compiled(packed, compile("packed")),
             {"plain": 0, "packed": 0},
         )
         what = f"tokens of {rewriter.places.mask.target}"
-        return made, Applied(self.name, what, rewriter.mixers)
+        return Forms(rewriter, gm, packed, run, Applied(self.name, what, rewriter.mixers))
+
+
+def _random(node: Node) -> bool:
+    """Whether a node draws random numbers: an idle dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node)
+    return bool(given.get("train", True)) and given.get("dropout_p") != 0.0
 
 
 def needs(rewriter: Rewriter) -> Needs:
@@ -64,6 +127,7 @@ def needs(rewriter: Rewriter) -> Needs:
     readers = rewriter.readers
     return Needs(
         rewriter.contiguous,
+        rewriter.left,
         rewriter.right,
         tuple(sorted(readers.columns)),
         rewriter.samples.longest,

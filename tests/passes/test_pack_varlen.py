@@ -247,3 +247,35 @@ def test_weights_change_between_calls() -> None:
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.5)
+
+
+@pytest.mark.parametrize("head", [small.tokens, small.masked_mean], ids=named)
+def test_explain_verifies(head: small.Head) -> None:
+    """The report says how close both forms are, at real tokens; or why they were not compared."""
+    model = seeded(lambda: small.Encoder(small.banded, head))
+    x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+    found = effpass.explain(model, x, mask, options={"pack_varlen": True})
+    (graph,) = found.graphs
+    assert graph.verified.startswith("equal within"), graph.verified
+    assert graph.forms == {"plain": 0, "packed": 1}
+    assert found.count("varlen_attention") == 2
+    assert "calls of each form: plain 0, packed 1" in str(found)
+    full = effpass.explain(model, x, torch.ones_like(mask), options={"pack_varlen": True})
+    assert "no padding" in full.graphs[0].verified
+
+
+def test_a_wrong_packed_form_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from effpass.passes.packing import mixers
+    from effpass.passes.packing.masks import Seen
+
+    monkeypatch.setattr(mixers, "seen", lambda *_: Seen(1, 1))
+    model = seeded(lambda: small.Encoder(small.boolean, small.tokens))
+    options = {"pack_varlen": True, "compiler": "eager", "verify": True}
+    run = torch.compile(model, backend="effpass", options=options)
+    x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+    with pytest.warns(UserWarning, match="verification failed in pack_varlen"):
+        close(run(x, mask), model(x, mask), "model_fp32")
+    torch._dynamo.reset()
+    strict = torch.compile(model, backend="effpass", options=options | {"strict": True})
+    with pytest.raises(Exception, match=r"value 0 differs by"):
+        strict(x, mask)

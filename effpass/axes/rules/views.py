@@ -88,11 +88,11 @@ def unbound(found: Relation, given: Mapping[str, Any]) -> Each:
 @rule("cat", "concat", "concatenate")
 def joined(found: Relation, given: Mapping[str, Any]) -> Dims | None:
     """Tensors end to end: all other dims are the same axes."""
-    sources = given["tensors"]
+    sources = [s for s in given["tensors"] if tuple(s.meta["val"].shape) != (0,)]  # of old, skipped
     result = list(found.fresh())
     d = given["dim"] % len(result)
-    if any(len(s.meta["val"].shape) != len(result) for s in sources):
-        return None  # the old kind of empty tensor
+    if not sources:
+        return tuple(result)
     parts = []
     for source in sources:
         part = found.labels.fresh(source.meta["val"].shape[d])

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from effpass.axes.labels import expression, single
+from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
+from effpass.axes.rules.views import MADE, MADE_BESIDE
 from effpass.axes.solve import Solution, solve
 from effpass.graph.writes import writes
 from effpass.passes.packing.mixers import attentions
@@ -96,10 +97,15 @@ def _refuse(gm: GraphModule) -> None:
             raise Unpackable(
                 "region", node, f"{node.target} has a body of its own, which is not packed yet"
             )
-        if node.op == "call_function" and writes(node):
+        if node.op == "call_function" and not all(map(_own_memory, writes(node))):
             raise Unpackable("writes", node, "it writes to memory in place")
         if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
             raise Unpackable("mode", node, "autocast or a gradient mode changes inside the graph")
+
+
+def _own_memory(node: Node) -> bool:
+    """Whether a tensor is new, and nothing but one write ever reads it: a cache's buffer."""
+    return len(node.users) == 1 and (opname(node) in MADE or opname(node) in MADE_BESIDE)
 
 
 MODES = (

@@ -18,13 +18,15 @@ Run = Callable[..., Any]
 class Needs:
     """What a packed graph needs of a batch; where it is not so, the plain graph runs.
 
-    ``contiguous``: no padding between real tokens. ``right``: padding at the end of rows only.
+    ``contiguous``: no padding between real tokens. ``left``, ``right``: padding only in front of
+    them, only behind them.
     ``columns``: positions that are real in every row that has a real token. ``longest``: greatest
     length for which its masks were looked at. ``picks``: a graph of the inputs that answers
     positions (rows, positions) that are read and must be real.
     """
 
     contiguous: bool = False
+    left: bool = False
     right: bool = False
     columns: tuple[int, ...] = ()
     longest: int | None = None
@@ -36,7 +38,7 @@ class Packed:
     """Runs one of two forms of a graph, by the padding of each batch.
 
     ``mask`` is the place of the mask (b, t) among the inputs. ``counts`` says how often each form
-    ran. One host synchronisation a batch.
+    ran. One host synchronisation a batch (on a GPU a second one, for the size of the indices).
     """
 
     mask: int
@@ -49,9 +51,18 @@ class Packed:
         """Outputs of the graph for these inputs."""
         mask: Tensor = inputs[self.mask]
         real = mask != 0
-        rows, tokens = real.shape
-        lengths = real.sum(1)
-        found = torch.cat([lengths.sum()[None], self._checks(mask, real, lengths, inputs)])
+        if not self.fits(mask, real, inputs):
+            self.counts["plain"] += 1
+            return self.plain(*inputs)
+        self.counts["packed"] += 1
+        extra = indices(real)
+        for each in extra[:3]:
+            maybe_mark_dynamic(each, 0)
+        return self.packed(*inputs, *extra)
+
+    def fits(self, mask: Tensor, real: Tensor, inputs: Sequence[Any]) -> bool:
+        """Whether the packed graph may run, and has less to do. Raises ValueError for no mask."""
+        found = torch.cat([real.sum()[None], self._checks(mask, real, real.sum(1), inputs)])
         total, valid, fits = (int(v) for v in found.tolist())
         if not valid:
             raise ValueError(
@@ -59,28 +70,16 @@ class Packed:
                 f"found values from {mask.min().item()} to {mask.max().item()}"
             )
         longest = self.needs.longest
-        if total == rows * tokens or total < 2 or not fits or (longest and tokens > longest):
-            self.counts["plain"] += 1
-            return self.plain(*inputs)
-        self.counts["packed"] += 1
-        indices = real.flatten().nonzero().squeeze(1)
-        ends = lengths.cumsum(0, dtype=torch.int32)
-        cu_seqlens = torch.cat([ends.new_zeros(1), ends])
-        extra = (indices, indices // tokens, indices % tokens, cu_seqlens)
-        for each in extra[:3]:
-            maybe_mark_dynamic(each, 0)
-        return self.packed(*inputs, *extra)
+        return bool(fits) and 1 < total < real.numel() and not (longest and real.shape[1] > longest)
 
     def _checks(self, mask: Tensor, real: Tensor, lengths: Tensor, inputs: Sequence[Any]) -> Tensor:
         """(2,): whether the mask holds 0 and 1 only; whether the packed form may run."""
         fits = torch.ones((), dtype=torch.bool, device=mask.device)
+        tokens, columns = real.shape[1], torch.arange(real.shape[1], device=mask.device)
         if self.needs.right:
-            fits = (
-                fits
-                & (
-                    real == (torch.arange(real.shape[1], device=mask.device) < lengths[:, None])
-                ).all()
-            )
+            fits = fits & (real == (columns < lengths[:, None])).all()
+        elif self.needs.left:
+            fits = fits & (real == (columns >= tokens - lengths[:, None])).all()
         elif self.needs.contiguous:
             starts = real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
             fits = fits & (starts <= 1).all()
@@ -91,3 +90,10 @@ class Packed:
                 fits = fits & (real[rows, positions] | (lengths == 0)[rows]).all()
         valid = ((mask == 0) | (mask == 1)).all()
         return torch.stack([valid, fits]).long()
+
+
+def indices(real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the real tokens of a mask (b, t): flat index, row, column; and ``cu_seqlens`` (b + 1,)."""
+    flat = real.flatten().nonzero().squeeze(1)
+    ends = real.sum(1).cumsum(0, dtype=torch.int32)
+    return flat, flat // real.shape[1], flat % real.shape[1], torch.cat([ends.new_zeros(1), ends])

@@ -44,7 +44,7 @@ class Rewriter:
         self.zeros = Zeros(places, samples)
         self.readers = Readers(places, samples)
         self.graph = Graph()
-        self.contiguous = self.right = False  # what the padding must be like
+        self.contiguous = self.left = self.right = False  # what the padding must be like
         self.mixers = self.proofs = 0  # nodes that mix tokens; those that prove what the mask is
         self._plain: dict[Node, Node] = {}
         self._packed: dict[Node, Node] = {}
@@ -68,6 +68,9 @@ class Rewriter:
                     self.packed(node)
         output = self.gm.graph.output_node()
         self.graph.output(map_arg(output.args[0], self.plain))
+        if self.left and self.right:
+            reason = "final states need padding in front, and something else needs it at the end"
+            raise Unpackable("states", output, reason, "prefill without a cache, or rows alone")
         made = GraphModule(self.gm, self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -126,7 +129,8 @@ class Rewriter:
             return restored
         source, output = _output_of(node)
         if handler(source) is not None:
-            return self.outputs(source)[output]  # a final state, one a row
+            self.left = True  # behind padding, the padded model's own state is another
+            return self.outputs(source)[output]
         self.readers.read(node, self.plain)
         return self._copy(node)
 
