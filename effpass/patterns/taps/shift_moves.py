@@ -197,6 +197,8 @@ def _pad(f: Follower, node: Node) -> Value:
 
 def padded(tokens: Tensor, dim: int, left: int, right: int) -> Tensor:
     """Tokens with ZERO around them, or with less of them, along one dim."""
+    if tokens.shape[dim] + min(left, 0) + min(right, 0) < 0:
+        raise Lost  # as eager, which refuses so few
     after = (tokens.dim() - 1 - dim) * [0, 0]
     return torch.nn.functional.pad(tokens, [*after, left, right], value=ZERO)
 
