@@ -25,6 +25,7 @@ from tests.patterns.differences import (
     CONDITIONED,
     ROUNDED,
     UNGUARDED,
+    VANISHED,
     Comparison,
     Differs,
     Outcome,
@@ -114,6 +115,11 @@ HARD = {
         "def program(x0, x1):\n"
         "    S = x0 @ x1.mT * 100\n"
         "    return ((S.exp() / S.exp().sum(-1, keepdim=True)) @ x1,)\n"
+    ),
+    VANISHED: (
+        "def program(x0, x1):\n"
+        "    P = torch.sigmoid(x0 - 300).cumprod(1)\n"
+        "    return (P * torch.cumsum(x1 / P, 1),)\n"
     ),
 }
 
