@@ -124,6 +124,7 @@ def padded(rows: int, tokens: int, share: float, vocabulary: int) -> Batch:
 
 
 def seed() -> torch.Generator:
+    """The same random numbers in every run."""
     return torch.Generator().manual_seed(0)
 
 
