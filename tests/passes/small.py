@@ -51,6 +51,32 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class TimeFirst(nn.Module):
+    """Tokens before rows, the two merged for the feed-forward part, heads merged with rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids).transpose(0, 1)
+        t, b, _ = x.shape
+        x = self.out(x.reshape(t * b, WIDTH)).tanh().view(t, b, WIDTH)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (e.reshape(t, b, 2, WIDTH // 2).permute(1, 2, 0, 3) for e in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, boolean(mask))
+        x = x + y.permute(2, 0, 1, 3).reshape(t, b, WIDTH)
+        return x.transpose(0, 1)
+
+
+class Flat(TimeFirst):
+    """Its output has tokens and rows in one dim, tokens first."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(ids, mask).transpose(0, 1).flatten(0, 1)
+
+
 class Recurrent(nn.Module):
     """A mixer whose inputs the mask makes zero, or (``masked=False``) does not."""
 

@@ -279,3 +279,57 @@ def test_a_wrong_packed_form_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     strict = torch.compile(model, backend="effpass", options=options | {"strict": True})
     with pytest.raises(Exception, match=r"value 0 differs by"):
         strict(x, mask)
+
+
+def test_tokens_before_rows() -> None:
+    model = seeded(small.TimeFirst)
+    run = compiled(model)
+    for tokens in (7, 10):
+        x, (_, mask) = ids(ROWS, tokens), next(paddings(ROWS, tokens))
+        close(real(run(x, mask), mask), real(model(x, mask), mask), "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 2}, declined(run)
+
+
+def test_tokens_that_cannot_be_put_back() -> None:
+    model = seeded(small.Flat)
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 7), next(paddings(ROWS, 7))
+    close(run(x, mask), model(x, mask), "model_fp32")
+    assert [d.code for d in declined(run)] == ["pack_varlen:merged"]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: small.Encoder(small.causal, small.tokens), small.Recurrent]
+)
+def test_narrow_numbers_and_autocast(make: Callable[[], nn.Module]) -> None:
+    model = seeded(make)
+    x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+    run = compiled(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = run(x, mask), model(x, mask)
+    assert actual.dtype == expected.dtype
+    close(real(actual, mask), real(expected, mask), "model_bf16")
+    assert ran(run) == {"plain": 0, "packed": 1}, declined(run)
+    torch._dynamo.reset()
+    narrow = model.bfloat16()
+    run = compiled(narrow)
+    close(real(run(x, mask), mask), real(narrow(x, mask), mask), "model_bf16")
+    assert ran(run)["plain"] == 0, declined(run)
+
+
+def test_active_dropout() -> None:
+    """That of activations runs packed, with random numbers of its own."""
+    outside = nn.Sequential(nn.Dropout(0.5))
+
+    def head(x: Tensor, mask: Tensor) -> Tensor:
+        return outside(x)
+
+    model = seeded(lambda: small.Encoder(small.boolean, head)).train()
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+    found = real(run(x, mask), mask)
+    dropped = (found == 0).float().mean()
+    assert 0.3 < dropped < 0.7 and ran(run)["packed"] == 1, declined(run)
+    kept = real(small.Encoder.forward(model, x, mask), mask)
+    both = (found != 0) & (kept != 0)
+    close(found[both], kept[both], "model_fp32")

@@ -38,7 +38,7 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
             reason = "no attention, scan or convolution of this graph depends on it"
             stopped.append((0, Unpackable("no_mask", mask, reason, NO_MASK)))
         except Unpackable as reason:
-            stopped.append((rewriter.mixers if rewriter else 0, reason))
+            stopped.append((rewriter.reached if rewriter else 0, reason))
     if not stopped:
         raise Unpackable("no_mask", None, "no input of the graph is a padding mask", NO_MASK)
     raise max(stopped, key=lambda each: each[0])[1]

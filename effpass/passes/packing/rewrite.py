@@ -77,6 +77,11 @@ class Rewriter:
         made.recompile()
         return made
 
+    @property
+    def reached(self) -> int:
+        """How many values have a packed form."""
+        return len(self._packed)
+
     def heavy(self, node: Node) -> bool:
         """Whether a value is made of tokens by weights: what is worth packing."""
         if node not in self._heavy:
@@ -163,8 +168,7 @@ class Rewriter:
         if place.batch is not None and place.batch != place.token:
             packed = self.call(aten.squeeze.dim, packed, place.batch)
         token = place.token - (place.batch is not None and place.batch < place.token)
-        if self._apart(node, place):
-            raise Unpackable("merged", node, "tokens are merged with another dim where it is read")
+        self._refuse_merged(node, place)
         first = self.call(aten.movedim.int, packed, token, 0)
         all_tokens = self.graph.call_function(operator.mul, (self.b, self.t))
         size = self.graph.call_method("size", (first,))
@@ -181,13 +185,14 @@ class Rewriter:
             return self.call(aten.movedim.int, row, 0, place.token)
         return self.call(aten.movedim.intlist, rows, [0, 1], [place.batch, place.token])
 
-    def _apart(self, node: Node, place: Place) -> bool:
-        """Whether the dim of tokens holds more than tokens (and rows)."""
-        dims = self.places.solution.dims(node)
-        assert place.token is not None
-        held = set(self.places.token + self.places.batch)
-        merged = set(dims[place.token]) - held
-        return bool(merged) or (place.batch is not None and bool(set(dims[place.batch]) - held))
+    def _refuse_merged(self, node: Node, place: Place) -> None:
+        """Tokens are gathered and put back where their dims hold nothing else, rows first."""
+        dims, alone = self.places.solution.dims(node), (self.places.token, self.places.batch)
+        if place.token is not None and place.token == place.batch:
+            alone = (self.places.batch + self.places.token,)
+        if any(d is not None and dims[d] not in alone for d in (place.token, place.batch)):
+            text = self.places.solution.text(node)
+            raise Unpackable("merged", node, f"its tokens or rows share a dim with more: {text}")
 
     # packed forms
 
@@ -208,6 +213,7 @@ class Rewriter:
     def _gathered(self, node: Node) -> Node:
         """The tokens of a plain value, in one row."""
         place, plain = self.place(node), self.plain(node)
+        self._refuse_merged(node, place)
         if self.readers.tainted(node):
             raise Unpackable("reads_padding", node, "it is made of padding tokens")
         token, batch = place.token, place.batch
@@ -226,6 +232,7 @@ class Rewriter:
         """A value with one entry a row, as one with an entry a token in dim ``token``."""
         batch = self.place(node).batch
         assert batch is not None
+        self._refuse_merged(node, self.place(node))
         chosen = self.call(aten.index_select.default, self.plain(node), batch, self.index["rows"])
         return self.call(aten.transpose.int, chosen, batch, token)
 
