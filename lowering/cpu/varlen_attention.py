@@ -13,6 +13,7 @@ that this stretch sees. Around the kernel's gaps:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -192,16 +193,37 @@ def _doubtful(call: _Call, out: Tensor, lse: Tensor, limit: float = float("inf")
     return [which for which, is_odd in zip(call.members, bad, strict=True) if is_odd]
 
 
+def _all_doubtful(calls: list[tuple[_Call, Tensor]], out: Tensor) -> list[int]:
+    """The same for all calls; mostly one look at all log-sum-exps says that there is none."""
+    if not calls:
+        return []
+    everything = torch.cat([lse.flatten() for _, lse in calls])
+    if _finite(everything) and bool(everything.all()):
+        return []
+    found = []
+    for call, lse in calls:
+        rows = torch.stack([out[each] for each in call.queries]).transpose(1, 2)
+        found += _doubtful(call, rows, lse)
+    return found
+
+
 def _spoilt(problem: _Problem, of_queries: list[Tensor], of_keys: list[Tensor]) -> set[int]:
     """Sequences with a NaN or an infinity among their numbers."""
-    if all(bool(each.isfinite().all()) for each in (*of_queries, *of_keys)):
+    if all(_finite(each) for each in (*of_queries, *of_keys)):
         return set()
 
     def bad(tensors: list[Tensor], at: slice) -> bool:
-        return not all(bool(each[at].isfinite().all()) for each in tensors)
+        return not all(_finite(each[at]) for each in tensors)
 
     pairs = enumerate(problem.spans)
     return {which for which, (i, j) in pairs if bad(of_queries, i) or bad(of_keys, j)}
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; their sum, which is one pass, says so unless it overflows."""
+    if math.isfinite(tensor.sum(dtype=accumulate_dtype(tensor.dtype)).item()):
+        return True
+    return bool(tensor.isfinite().all())
 
 
 def _of_keys(k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
@@ -357,6 +379,7 @@ def forward(
     qs, ks, vs = _as(dtype, q, k, v)
     out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=dtype)
     bad = _spoilt(problem, [q], _of_keys(k, v, bias))
+    calls: list[tuple[_Call, Tensor]] = []
     for call in _plan(problem, q.shape[1], q):
         batch = (_batch(qs, call.queries), _batch(ks, call.keys), _batch(vs, call.keys))
         made, lse = _attention(
@@ -365,8 +388,9 @@ def forward(
             attn_mask=_mask(call, bias, acc),
             scale=score_scale(q, scale),
         )
-        bad.update(_doubtful(call, made, lse))
+        calls.append((call, lse))
         _add(out, call.queries, _seeing(call, made))
+    bad.update(_all_doubtful(calls, out))
     for which in bad:
         i, j = at[which]
         exact = (q[i].to(acc), k[j].to(acc), v[j].to(acc))
