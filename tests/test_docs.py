@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import effpass
-from effpass.config import TARGETS
+from effpass.config import PASSES, TARGETS
 from tests.scripts import load
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,8 @@ def test_readme_names_every_option() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", readme, re.MULTILINE)
     config = effpass.Config()
     assert {name: default.replace('"', "'") for name, default in rows} == {
-        name: repr(getattr(config, name)) for name in config.__dataclass_fields__
+        **{name: "False" for name in PASSES},
+        **{name: repr(getattr(config, name)) for name in config.__dataclass_fields__},
     }
     assert all(f'`"{target}"`' in readme for target in TARGETS)
 
