@@ -10,6 +10,7 @@ from __future__ import annotations
 import linecache
 import math
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -89,7 +90,7 @@ def _compiled(text: str) -> Callable[..., tuple[Tensor, ...]]:
     file = f"<program {abs(hash(text)):x}>"
     linecache.cache[file] = (len(text), None, text.splitlines(True), file)
     names: dict[str, Any] = dict(NAMES)
-    exec(compile(text, file, "exec"), names)
+    _execute(text, names, file)
     return names["program"]
 
 
@@ -161,7 +162,7 @@ class Writer:
 
     def say(self, text: str) -> None:
         """Writes lines, and runs them."""
-        exec(text, self.values)
+        _execute(text, self.values)
         self.lines += text.splitlines()
 
     def let(self, expression: str, prefix: str = "v") -> str:
@@ -174,7 +175,7 @@ class Writer:
         """Writes lines if they run and all results are tame tensors (of a shape)."""
         trial = dict(self.values)
         try:
-            exec(text, trial)
+            _execute(text, trial)
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False
         values = [trial[name] for name in results]
@@ -282,3 +283,11 @@ def _results(writer: Writer, value: str) -> list[str]:
     if writer.odds(8):
         results.append(f"{value}.detach().mean()")
     return results
+
+
+def _execute(text: str, names: dict[str, Any], file: str = "<string>") -> None:
+    """Runs lines; Python warns of what a branch that is not taken could not do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)
+        code = compile(text, file, "exec")
+    exec(code, names)
