@@ -80,7 +80,7 @@ def found(graph: GraphReport) -> list[str]:
 
 
 def test_ops_of_effpass_are_counted_as_nodes() -> None:
-    assert set(OPS) - {"varlen_attention"} == NODES  # it is for packed rows: nothing raises it
+    assert set(OPS) == NODES
 
 
 def test_layers_alike_are_one_row() -> None:
