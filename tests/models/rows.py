@@ -1,4 +1,4 @@
-"""The golden table of packed rows: which families keep the sequences of a row apart, or say why not.
+"""The golden table of packed rows: which families keep sequences apart, or say why not.
 
 ``python -m tests.models.rows`` writes it anew.
 """

@@ -180,7 +180,7 @@ def test_boundaries_that_disagree(wrong: dict[str, Any], message: str) -> None:
 
 
 def test_several_packed_rows() -> None:
-    model, run = compiled("mamba2")
+    _, run = compiled("mamba2")
     ids = torch.stack(rows.sequences([5, 5]))
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 1, 0, 1, 2]])
     with torch.no_grad(), pytest.raises(ValueError, match="one packed row"):
