@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import expression, opname
 from effpass.axes.relation import arguments, values
+from effpass.graph.clean import graphs
 from effpass.passes.boundaries.honour import is_op, mixers, row_form
 from effpass.passes.boundaries.marks import Marks, RowError, take, unread
 from effpass.passes.boundaries.offsets import offsets
@@ -26,15 +27,7 @@ from effpass.report import Applied
 
 Run = Callable[..., Any]
 NAME = "packed_rows"
-PLAIN = (
-    "softmax",
-    "_softmax",
-    "conv1d",
-    "convolution",
-    "cumsum",
-    "matmul",
-    "bmm",
-)  # may mix tokens
+PLAIN = ("scaled_dot_product_attention", "softmax", "_softmax", "conv1d", "convolution", "cumsum")
 __all__ = ["NAME", "Rows", "find_rows", "take"]
 
 
@@ -86,35 +79,33 @@ def find_rows(
     ``compile`` makes a callable of a form's graph when it is first run; ``plain`` makes the graph's
     own at once. Raises RowError where boundaries are given and cannot be honoured.
     """
-    mixing = [n for n in gm.graph.nodes if is_op(n) or _is_attention(n)]
-    lost, leaks = unread(marks), mixing or [n for n in gm.graph.nodes if opname(n) in PLAIN]
+    lost = unread(marks)
+    leaks = [n for body in graphs(gm) for n in body.graph.nodes if opname(n) in PLAIN or is_op(n)]
     if lost and leaks:
         raise RowError(
             leaks[0],
             f"the model was given {', '.join(lost)}, and its code never reads it",
             "pass position_ids that restart as well, or pad the sequences",
         )
-    if marks.tells is None or not mixing:
+    if marks.tells is None or not leaks:
         return None
     tells, names = marks.tells, marks.names
     try:
         found, longest = mixers(gm, marks)
     except RowError as reason:
         return Rows(tells, names, None, plain(), why_not=reason)
+    if not found:
+        return None  # the model's own masks keep sequences apart
     return Rows(
         tells,
         names,
-        _token_input(gm, mixing[0]),
+        _token_input(gm, found[0].node),
         compiled(gm, compile("plain")),
         compiled(row_form(gm, found, varlen=True), compile(NAME)),
         compiled(row_form(gm, found, varlen=False), compile(NAME)),
         longest,
         what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(found)),
     )
-
-
-def _is_attention(node: Node) -> bool:
-    return opname(node) == "scaled_dot_product_attention"
 
 
 def _token_input(gm: GraphModule, mixer: Node) -> tuple[int, int] | None:

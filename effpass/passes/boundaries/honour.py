@@ -18,10 +18,13 @@ from effpass.axes.solve import Solution, solve
 from effpass.ops import OPS
 from effpass.passes.boundaries.marks import Marks, RowError
 from effpass.passes.boundaries.samples import RowSamples, seen_in_rows
+from effpass.passes.boundaries.written import apart
 from effpass.passes.packing.masks import Seen
 
 aten = torch.ops.aten
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 CACHE = "pass use_cache=False: a cache holds one state a row, not one a sequence"
+UNCHECKED = "turn checkpointing off, or pad the sequences"
 APART = "pad the sequences, or give every sequence by itself"
 BY_INDEX = ("index", "index_put", "index_add", "index_select", "gather", "scatter", "scatter_add")
 EXPERTS = ("one_hot", "nonzero", "bincount", "histc")
@@ -45,16 +48,46 @@ def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
     Raises RowError for what mixes tokens and cannot be told where sequences begin.
     """
     found = [_scan(n) for n in gm.graph.nodes if is_op(n)]
-    samples: RowSamples | None = None
+    samples = RowSamples(gm, marks) if marks.shaped else None
     for node in gm.graph.nodes:
-        if opname(node) != "scaled_dot_product_attention":
-            continue
-        mask = arguments(node)["attn_mask"]
-        if is_tensor(mask) and samples is None:
-            samples = RowSamples(gm, marks)
-        found.append(_attention(node, samples))
-    _refuse_others(gm, [each.node for each in found])
+        if is_attention(node):
+            found.append(_attention(node, samples))
+        elif isinstance(node.target, HigherOrderOperator):
+            _check_body(gm, node, samples)
+    known = {each.node for each in found}
+    _refuse_others(gm, known | (apart(gm, samples) if samples else set()))
     return found, samples.longest if samples else None
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a node is torch's attention."""
+    return opname(node) == "scaled_dot_product_attention"
+
+
+def _check_body(gm: GraphModule, call: Node, samples: RowSamples | None) -> None:
+    """Raises RowError unless a body (a checkpointed layer) mixes tokens by masks that are apart.
+
+    Its attention is left as it is; an op inside it would have to be handed the boundaries.
+    """
+    bodies = [n for n in call.all_input_nodes if n.op == "get_attr" and not is_tensor(n)]
+    if len(bodies) != 1:
+        raise RowError(call, f"{call.target} has several bodies of its own", APART)
+    body = gm.get_submodule(str(bodies[0].target))
+    assert isinstance(body, GraphModule)
+    operands = [arg for arg in call.args if arg is not bodies[0]]
+    outside = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=False))
+    known: set[Node] = set()
+    for node in body.graph.nodes:
+        if is_op(node):
+            raise RowError(node, "a scan or convolution under activation checkpointing", UNCHECKED)
+        if is_attention(node):
+            mask = outside.get(arguments(node)["attn_mask"])
+            if samples is None or not isinstance(mask, Node):
+                raise RowError(node, "attention under activation checkpointing", UNCHECKED)
+            if not seen_in_rows(node, mask, bool(arguments(node)["is_causal"]), samples)[1]:
+                raise RowError(node, "its mask is made without the boundaries", UNCHECKED)
+            known.add(node)
+    _refuse_others(body, known)
 
 
 def is_op(node: Node) -> bool:
@@ -85,14 +118,16 @@ def _scan(node: Node) -> Mixer:
 def _attention(node: Node, samples: RowSamples | None) -> Mixer:
     given = arguments(node)
     mask, causal = given["attn_mask"], bool(given["is_causal"])
-    seen, apart = Seen(-1, 0) if causal else Seen(), False
+    seen, kept = Seen(-1, 0) if causal else Seen(), False
     if is_tensor(mask):
-        assert samples is not None
-        seen, apart = seen_in_rows(node, mask, causal, samples)
+        if samples is None:
+            reason = "it has a mask, and neither position_ids nor seq_idx is an input"
+            raise RowError(node, reason, "pass position_ids as well")
+        seen, kept = seen_in_rows(node, mask, causal, samples)
     reason = not_varlen(node)
-    if reason is not None and not apart:
+    if reason is not None and not kept:
         raise RowError(node, reason, CACHE if "keys" in reason else APART)
-    return Mixer(node, seen, apart)
+    return Mixer(node, seen, kept)
 
 
 def not_varlen(node: Node) -> str | None:
@@ -108,10 +143,10 @@ def not_varlen(node: Node) -> str | None:
     return None
 
 
-def _refuse_others(gm: GraphModule, known: list[Node]) -> None:
+def _refuse_others(gm: GraphModule, known: set[Node]) -> None:
     """Raises RowError for nodes that mix tokens of floats in a way nobody can bound."""
     solution = solve(gm)
-    tokens = {label for node in known for label in _tokens(node, solution)}
+    tokens = {label for node in gm.graph.nodes for label in _tokens(node, solution)}
     light = _Light(known)
     for node in gm.graph.nodes:
         if node in known or node.op != "call_function" or not light.heavy(node):
@@ -119,7 +154,9 @@ def _refuse_others(gm: GraphModule, known: list[Node]) -> None:
         kinds = solution.kinds(node, sorted(tokens)) - {Kind.FREE}
         name = opname(node) or str(node.target)
         if isinstance(node.target, HigherOrderOperator):
-            raise RowError(node, f"{name} has a body of its own", APART)
+            if node.target is not CHECKPOINT:
+                raise RowError(node, f"{name} has a body of its own", APART)
+            continue
         if not kinds or _routes(name, node, light):
             continue
         if kinds == {Kind.BOUND} and _picks_only(node, light):
@@ -144,17 +181,23 @@ def _routes(name: str, node: Node, light: _Light) -> bool:
 
 
 def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
-    """The token axis of one mixer."""
-    op = _op(node)
-    source, at = (arguments(node)["query"], -2) if op is None else (node.args[0], 1)
+    """The token axis of a mixer, or of what is looked up in a table for each token."""
+    if is_op(node):
+        source, at = node.args[0], 1
+    elif is_attention(node):
+        source, at = arguments(node)["query"], -2
+    elif opname(node) == "embedding" and values(node)[0].dim() == 3:
+        source, at = node, 1
+    else:
+        return ()
     assert isinstance(source, Node)
-    return solution.dims(source)[at]
+    return solution.dims(source)[at] if source in solution else ()
 
 
 class _Light:
     """Which values are floats made of tokens: what sequences must not share."""
 
-    def __init__(self, known: list[Node]) -> None:
+    def __init__(self, known: set[Node]) -> None:
         self._heavy: dict[Node, bool] = dict.fromkeys(known, True)
 
     def heavy(self, node: Node) -> bool:
@@ -180,7 +223,7 @@ def _picks_only(node: Node, light: _Light) -> bool:
         light.heavy(source) and source not in below and source is not node
         for each in below
         for source in each.all_input_nodes
-    ) and not any(is_op(n) or opname(n) == "scaled_dot_product_attention" for n in below)
+    ) and not any(is_op(n) or is_attention(n) for n in below)
 
 
 def _loss(node: Node) -> bool:

@@ -56,6 +56,11 @@ class Marks:
         """Whether boundaries were given as such, not by positions that restart."""
         return any(name != "position_ids" for name in self.names)
 
+    @property
+    def shaped(self) -> bool:
+        """Whether an input tells the boundaries with one number a token."""
+        return any(name in self.places for name in ("position_ids", "seq_idx"))
+
     def inputs(self, gm: GraphModule) -> dict[str, Node]:
         """Those that are inputs themselves, in a later form of the graph."""
         every = list(gm.graph.find_nodes(op="placeholder"))

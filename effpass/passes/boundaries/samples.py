@@ -27,9 +27,7 @@ class RowSamples(Samples):
     def __init__(self, gm: GraphModule, marks: Marks) -> None:
         self.marks = marks.inputs(gm)
         row = self.marks.get("position_ids", self.marks.get("seq_idx"))
-        if row is None:
-            reason = "attention has a mask, and neither position_ids nor seq_idx is an input"
-            raise RowError(None, reason, "pass position_ids as well")
+        assert row is not None  # as marks.shaped says
         super().__init__(row)
 
     def _drawn(self) -> Iterator[Tensor]:
