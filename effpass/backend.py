@@ -7,6 +7,7 @@ Dynamo's form; its ops are lowered all the same.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -30,7 +31,6 @@ from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
-from effpass.passes.pack_varlen import Forms
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -88,7 +88,9 @@ def compile_graph(
     report.declined += _declined_functions(graph)
 
     if before is not None:
-        graph = _verified(before, graph, inputs, config, report)
+        compare = functools.partial(verify, before, graph, inputs)
+        if not _agree("clean and lower", compare, "the captured graph", config, report):
+            graph = before
     report.nodes_after = len(graph.graph.nodes)
     report.seconds = time.perf_counter() - started
     stages.report(report)
@@ -151,22 +153,23 @@ def _unraised(graph: GraphModule, report: GraphReport) -> list[Miss]:
     ]
 
 
-def _verified(
-    before: GraphModule,
-    after: GraphModule,
-    inputs: Sequence[Any],
+def _agree(
+    what: str,
+    compare: Callable[[], str],
+    otherwise: str,
     config: Config,
     report: GraphReport,
-) -> GraphModule:
+) -> bool:
+    """Whether a rewritten graph computes what it did, by ``compare``; else ``otherwise`` runs."""
     try:
-        report.verified = verify(before, after, inputs)
-        return after
+        report.verified = compare()
     except VerificationError as error:
         if config.strict:
             raise
-        report.verified = f"failed: {error}; the captured graph runs"
-        warnings.warn(f"effpass: verification failed in clean and lower: {error}", stacklevel=2)
-    return before
+        report.verified = f"failed: {error}; {otherwise} runs"
+        warnings.warn(f"effpass: verification failed in {what}: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _packed(
@@ -190,25 +193,15 @@ def _packed(
         if isinstance(found, Declined):
             report.declined.append(found)
             continue
-        if config.verify and not _agree(found, inputs, config, report):
-            continue
+        if config.verify:
+            compare = functools.partial(found.verify, inputs)
+            if not _agree(each.name, compare, "the graph with its padding", config, report):
+                continue
         report.applied.append(found.what)
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
         return found.run
     return None
-
-
-def _agree(forms: Forms, inputs: Sequence[Any], config: Config, report: GraphReport) -> bool:
-    try:
-        report.verified = forms.verify(inputs)
-    except VerificationError as error:
-        if config.strict:
-            raise
-        report.verified = f"failed: {error}; the graph runs with its padding"
-        warnings.warn(f"effpass: verification failed in pack_varlen: {error}", stacklevel=2)
-        return False
-    return True
 
 
 def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:

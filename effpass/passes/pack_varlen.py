@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import expression
 from effpass.axes.relation import arguments
+from effpass.graph.region import ancestors
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
 from effpass.passes.packing.places import Holds, Unpackable
@@ -137,13 +138,7 @@ def needs(rewriter: Rewriter) -> Needs:
 
 def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
     """The graph's own code for rows and positions that are read."""
-    wanted: set[Node] = set()
-    pending = [node for pair in pairs for node in pair]
-    while pending:
-        node = pending.pop()
-        if node not in wanted:
-            wanted.add(node)
-            pending += node.all_input_nodes
+    wanted = ancestors(node for pair in pairs for node in pair)
     graph, env = Graph(), dict[Node, Node]()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in wanted:
