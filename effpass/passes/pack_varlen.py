@@ -22,6 +22,7 @@ from effpass.axes.relation import arguments
 from effpass.graph.region import ancestors
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
+from effpass.passes.packing.modes import write_contexts
 from effpass.passes.packing.places import Holds, Unpackable
 from effpass.passes.packing.prologue import Needs, Packed, indices
 from effpass.passes.packing.rewrite import Rewriter
@@ -153,6 +154,7 @@ def _compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
     read from a tensor, where one has them: an integer would be a constant at first.
     """
+    write_contexts(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in inputs]
     tensors = {i: v for i, v in enumerate(values) if not isinstance(v, SymInt)}

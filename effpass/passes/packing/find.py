@@ -89,7 +89,7 @@ def _refuse(gm: GraphModule) -> None:
         if node.op == "call_function" and not all(map(_own_memory, writes(node))):
             raise Unpackable("writes", node, "it writes to memory in place")
         if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
-            raise Unpackable("mode", node, "autocast or a gradient mode changes inside the graph")
+            raise Unpackable("mode", node, "inference mode changes inside the graph")
 
 
 def _own_memory(node: Node) -> bool:
@@ -97,7 +97,4 @@ def _own_memory(node: Node) -> bool:
     return len(node.users) == 1 and (opname(node) in MADE or opname(node) in MADE_BESIDE)
 
 
-MODES = (
-    *("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled"),
-    *("_enter_inference_mode", "_exit_inference_mode"),
-)
+MODES = ("_enter_inference_mode", "_exit_inference_mode")

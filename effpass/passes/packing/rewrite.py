@@ -16,13 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import Relation, arguments, is_tensor, values
 from effpass.graph.region import ancestors
 from effpass.passes.packing.mixers import handler
+from effpass.passes.packing.modes import ModedGraph, modes, switch_modes
 from effpass.passes.packing.places import Holds, Place, Places, Unpackable
 from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.samples import Samples
@@ -44,7 +45,8 @@ class Rewriter:
         self.gm, self.places, self.samples = gm, places, samples
         self.zeros = Zeros(places, samples)
         self.readers = Readers(places, samples)
-        self.graph = Graph()
+        self.graph = ModedGraph()
+        self.modes = modes(gm)
         self.contiguous = self.left = self.right = False  # what the padding must be like
         self.mixers = self.proofs = 0  # nodes that mix tokens; those that prove what the mask is
         self._plain: dict[Node, Node] = {}
@@ -74,6 +76,7 @@ class Rewriter:
             raise Unpackable("states", output, reason, "prefill without a cache, or rows alone")
         made = GraphModule(self.gm, self.graph)
         self.graph.eliminate_dead_code()
+        switch_modes(self.graph)
         self.graph.lint()
         made.recompile()
         return made
@@ -114,7 +117,8 @@ class Rewriter:
     def plain(self, node: Node) -> Node:
         """The value as it was; zero at padding where it had to be scattered back."""
         if node not in self._plain:
-            self._plain[node] = self._made_plain(node)
+            with self.graph.within(self.modes[node]):
+                self._plain[node] = self._made_plain(node)
         return self._plain[node]
 
     def _made_plain(self, node: Node) -> Node:
@@ -194,7 +198,8 @@ class Rewriter:
     def packed(self, node: Node) -> Node:
         """The value of real tokens alone: its dims, with one row of all tokens."""
         if node not in self._packed:
-            self._packed[node] = self._made_packed(node)
+            with self.graph.within(self.modes[node]):
+                self._packed[node] = self._made_packed(node)
         return self._packed[node]
 
     def _made_packed(self, node: Node) -> Node:
@@ -246,7 +251,8 @@ class Rewriter:
     def outputs(self, node: Node) -> tuple[Node, ...]:
         """Packed forms of all outputs of a node."""
         if node not in self._outputs:
-            self._outputs[node] = self._run(node)
+            with self.graph.within(self.modes[node]):
+                self._outputs[node] = self._run(node)
         return self._outputs[node]
 
     def _run(self, node: Node) -> tuple[Node, ...]:
