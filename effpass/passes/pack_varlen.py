@@ -50,7 +50,7 @@ class Forms:
         if reason is not None:
             return f"not run: {reason}"
         mask = inputs[self.run.mask]
-        real = mask != 0
+        real = self.run.real(mask)
         if not self.run.fits(mask, real, inputs):
             return "not run: this batch has no padding, or such that the plain graph runs"
         if any(map(_random, self.plain.graph.nodes)):
@@ -134,6 +134,7 @@ def needs(rewriter: Rewriter) -> Needs:
         tuple(sorted(readers.columns)),
         rewriter.samples.longest,
         _picks(rewriter.gm, readers.picks) if readers.picks else None,
+        rewriter.samples.inverted,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import product
 
 from torch import Tensor
 from torch._ops import HigherOrderOperator
@@ -29,10 +29,10 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
     """
     _refuse(gm)
     stopped: list[tuple[int, Unpackable]] = []
-    for mask in _candidates(gm):
+    for inverted, mask in product((False, True), _candidates(gm)):
         rewriter = None
         try:
-            rewriter = Rewriter(gm, Places(_solved(gm, mask), mask), Samples(mask))
+            rewriter = Rewriter(gm, Places(_solved(gm, mask), mask), Samples(mask, inverted))
             made = rewriter.build()
             if rewriter.proofs:
                 return rewriter, made
@@ -45,12 +45,14 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
     raise max(stopped, key=lambda each: each[0])[1]
 
 
-def _candidates(gm: GraphModule) -> Iterator[Node]:
+def _candidates(gm: GraphModule) -> list[Node]:
     """Inputs (b, t) that nobody looks up in a table."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        looked_up = any(opname(user) == "embedding" for user in node.users)
-        if _shaped_like_a_mask(node) and not looked_up:
-            yield node
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if _shaped_like_a_mask(n)]
+    return [node for node in inputs if not _looked_up(node)]
+
+
+def _looked_up(node: Node) -> bool:
+    return any(opname(user) == "embedding" for user in node.users)
 
 
 def _solved(gm: GraphModule, mask: Node) -> Solution:
@@ -69,7 +71,21 @@ def _solved(gm: GraphModule, mask: Node) -> Solution:
             for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
                 if expression(shape[d]) == expression(values(mask)[0].shape[size]):
                     solution.classes.join(axis, dims[d])
+    _join_ids(gm, solution, mask)
     return solution
+
+
+def _join_ids(gm: GraphModule, solution: Solution, mask: Node) -> None:
+    """The same of token ids, where all that have the mask's shape are of the same tokens."""
+    shape = [expression(size) for size in values(mask)[0].shape]
+    ids = [
+        node
+        for node in gm.graph.find_nodes(op="placeholder")
+        if _looked_up(node) and [expression(s) for s in values(node)[0].shape] == shape
+    ]
+    if len({solution.dims(node) for node in ids}) == 1:
+        for own, other in zip(solution.dims(mask), solution.dims(ids[0]), strict=True):
+            solution.classes.join(own, other)
 
 
 def _shaped_like_a_mask(node: Node) -> bool:

@@ -22,7 +22,8 @@ class Needs:
     them, only behind them.
     ``columns``: positions that are real in every row that has a real token. ``longest``: greatest
     length for which its masks were looked at. ``picks``: a graph of the inputs that answers
-    positions (rows, positions) that are read and must be real.
+    positions (rows, positions) that are read and must be real. ``inverted``: the mask is 1 at
+    padding.
     """
 
     contiguous: bool = False
@@ -31,6 +32,7 @@ class Needs:
     columns: tuple[int, ...] = ()
     longest: int | None = None
     picks: GraphModule | None = None
+    inverted: bool = False
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Packed:
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of the graph for these inputs."""
         mask: Tensor = inputs[self.mask]
-        real = mask != 0
+        real = self.real(mask)
         if not self.fits(mask, real, inputs):
             self.counts["plain"] += 1
             return self.plain(*inputs)
@@ -60,13 +62,20 @@ class Packed:
             maybe_mark_dynamic(each, 0)
         return self.packed(*inputs, *extra)
 
+    def real(self, mask: Tensor) -> Tensor:
+        """(b, t) booleans: which tokens are real."""
+        return mask == 0 if self.needs.inverted else mask != 0
+
     def fits(self, mask: Tensor, real: Tensor, inputs: Sequence[Any]) -> bool:
         """Whether the packed graph may run, and has less to do. Raises ValueError for no mask."""
         found = torch.cat([real.sum()[None], self._checks(mask, real, real.sum(1), inputs)])
         total, valid, fits = (int(v) for v in found.tolist())
         if not valid:
+            meaning = "0 (padding) and 1 (a token)"
+            if self.needs.inverted:
+                meaning = "1 (padding) and 0 (a token)"
             raise ValueError(
-                "pack_varlen: expected the padding mask to hold 0 (padding) and 1 (a token) only, "
+                f"pack_varlen: expected the padding mask to hold {meaning} only, "
                 f"found values from {mask.min().item()} to {mask.max().item()}"
             )
         longest = self.needs.longest

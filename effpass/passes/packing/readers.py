@@ -24,20 +24,30 @@ class Readers:
         self.places, self.samples = places, samples
         self.columns: set[int] = set()
         self.picks: list[tuple[Node, Node]] = []  # light (rows, positions) that are read
+        self.mixed: dict[Node, Unpackable] = {}  # made of padding and real tokens, and where
         self._tainted: dict[Node, Dim] = {}
 
     def tainted(self, node: Node) -> bool:
-        """Whether a plain value differs at padding from what it was."""
-        return node in self._tainted
+        """Whether a plain value differs at padding from what it was, or was mixed with such."""
+        return node in self._tainted or node in self.mixed
 
     def taint(self, node: Node) -> None:
         """From now on the plain form of ``node`` is zero at padding, and was not."""
         self._tainted[node] = self.places.token
 
-    def read(self, node: Node, plain: Callable[[Node], Any]) -> None:
-        """A node reads plain values; raises Unpackable where padding would change its result."""
+    def read(
+        self, node: Node, plain: Callable[[Node], Any], why: Unpackable | None = None
+    ) -> None:
+        """A node reads plain values; it is ``mixed`` where padding may change its result.
+
+        ``why``: the reason why it has no packed form, where there is one.
+        """
         for source in node.all_input_nodes:
             plain(source)
+        before = [self.mixed[n] for n in node.all_input_nodes if n in self.mixed]
+        if before:
+            self.mixed[node] = before[0]
+            return
         tainted = [n for n in node.all_input_nodes if n in self._tainted]
         if not tainted:
             return
@@ -54,7 +64,7 @@ class Readers:
             part = self.places.solution.dims(node)[d]
             self._tainted[node] = tuple(dict.fromkeys((*along, *part)))
             return
-        raise Unpackable(
+        self.mixed[node] = why or Unpackable(
             "reads_padding",
             node,
             f"{name or node.target} mixes padding tokens with real ones "

@@ -22,8 +22,10 @@ from torch.fx.node import map_arg
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import Relation, arguments, is_tensor, values
 from effpass.graph.region import ancestors
+from effpass.passes.packing.islands import Islands
 from effpass.passes.packing.mixers import handler
 from effpass.passes.packing.modes import ModedGraph, modes, switch_modes
+from effpass.passes.packing.moves import gather, put_back
 from effpass.passes.packing.places import Holds, Place, Places, Unpackable
 from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.samples import Samples
@@ -45,6 +47,7 @@ class Rewriter:
         self.gm, self.places, self.samples = gm, places, samples
         self.zeros = Zeros(places, samples)
         self.readers = Readers(places, samples)
+        self.islands = Islands(places, samples)
         self.graph = ModedGraph()
         self.modes = modes(gm)
         self.contiguous = self.left = self.right = False  # what the padding must be like
@@ -53,6 +56,8 @@ class Rewriter:
         self._packed: dict[Node, Node] = {}
         self._outputs: dict[Node, tuple[Node, ...]] = {}
         self._heavy: dict[Node, bool] = {}
+        self._stuck: dict[Node, Unpackable] = {}  # why nodes have no packed form, though they might
+        self._proven: set[Node] = set()  # values of islands that are right at real tokens
         for node in gm.graph.find_nodes(op="placeholder"):
             self._plain[node] = self.graph.placeholder(str(node.target))
             self._plain[node].meta["val"] = node.meta.get("val")
@@ -68,9 +73,11 @@ class Rewriter:
             if node in self.places.solution and self.heavy(node):
                 self.zeros.at_padding(node)
                 if self.place(node).holds is Holds.TOKENS and self._can_pack(node):
-                    self.packed(node)
+                    self._try(node)
+                elif handler(_output_of(node)[0]) is None:
+                    self.plain(node)
         output = self.gm.graph.output_node()
-        self.graph.output(map_arg(output.args[0], self.plain))
+        self.graph.output(map_arg(output.args[0], self._result))
         if self.left and self.right:
             reason = "final states need padding in front, and something else needs it at the end"
             raise Unpackable("states", output, reason, "prefill without a cache, or rows alone")
@@ -80,6 +87,50 @@ class Rewriter:
         self.graph.lint()
         made.recompile()
         return made
+
+    def _try(self, node: Node) -> bool:
+        """Whether a node that may have a packed form does; remembers why not, changes nothing."""
+        source, _ = _output_of(node)
+        if source not in self._stuck and node not in self._packed:
+            try:
+                self.packed(node)
+            except Unpackable as reason:
+                self._stuck[source] = reason
+        return source not in self._stuck
+
+    def _result(self, node: Node) -> Node:
+        """An output of the graph."""
+        if node not in self.places.solution or not self.heavy(node):
+            return self.plain(node)
+        plain = self.plain(node)
+        if node not in self.readers.mixed:
+            return plain
+        if self.place(node).holds is not Holds.TOKENS:
+            return self.whole(node)
+        with self.graph.within(self.modes[node]):
+            return self._put_back(node)
+
+    def whole(self, node: Node) -> Node:
+        """The plain value, which no padding has changed. Raises Unpackable where it may have."""
+        plain = self.plain(node)
+        if self.readers.tainted(node):
+            self._prove(node)
+        return plain
+
+    def _prove(self, node: Node) -> None:
+        """Raises Unpackable unless real tokens of an island's value are as they were."""
+        if node in self._proven:
+            return
+        verdict = self.islands.verdict(node)
+        if verdict is None or not (verdict.right or verdict.left):
+            source, _ = _output_of(node)
+            reason = self._stuck.get(source) or self.readers.mixed.get(node)
+            raise reason or Unpackable("reads_padding", node, "it is made of padding tokens")
+        self.right |= not verdict.left
+        self.left |= not verdict.right
+        self.contiguous |= not verdict.scattered
+        self.proofs += verdict.masked
+        self._proven.add(node)
 
     @property
     def reached(self) -> int:
@@ -126,16 +177,20 @@ class Rewriter:
             return self._size(node)
         if not self.heavy(node) or node not in self.places.solution:
             return self._copy(node)
-        if self.place(node).holds is Holds.TOKENS and self._can_pack(node):
-            restored = self._restored(node)
-            if not self.zeros.at_padding(node):
+        source, output = _output_of(node)
+        tokens = self.place(node).holds is Holds.TOKENS
+        if tokens and self._can_pack(node) and self._try(node) and not self._shares(node):
+            restored = self._put_back(node)
+            self.islands.shores.add(node)
+            if self.zeros.at_padding(node):
+                self.islands.zeros.add(node)
+            else:
                 self.readers.taint(node)
             return restored
-        source, output = _output_of(node)
-        if handler(source) is not None:
+        if handler(source) is not None and not tokens and source not in self._stuck:
             self.left = True  # behind padding, the padded model's own state is another
             return self.outputs(source)[output]
-        self.readers.read(node, self.plain)
+        self.readers.read(node, self.plain, self._stuck.get(source))
         return self._copy(node)
 
     def _size(self, node: Node) -> Node:
@@ -161,35 +216,22 @@ class Rewriter:
                 made.meta[key] = node.meta[key]
         return made
 
-    def _restored(self, node: Node) -> Node:
-        place, packed = self.place(node), self.packed(node)
-        assert place.token is not None
-        if place.batch is not None and place.batch != place.token:
-            packed = self.call(aten.squeeze.dim, packed, place.batch)
-        token = place.token - (place.batch is not None and place.batch < place.token)
-        self._refuse_merged(node, place)
-        first = self.call(aten.movedim.int, packed, token, 0)
-        all_tokens = self.graph.call_function(operator.mul, (self.b, self.t))
-        size = self.graph.call_method("size", (first,))
-        rest = self.graph.call_function(operator.getitem, (size, slice(1, None)))
-        shape = self.graph.call_function(operator.add, ((all_tokens,), rest))
-        empty = self.graph.call_method("new_zeros", (first, shape))
-        filled = self.call(aten.index_copy.default, empty, 0, self.index["indices"], first)
-        if place.batch == place.token:
-            return self.call(aten.movedim.int, filled, 0, place.token)
-        shape = self.graph.call_function(operator.add, ((self.b, self.t), rest))
-        rows = self.graph.call_method("reshape", (filled, shape))
-        if place.batch is None:
-            row = self.call(aten.squeeze.dim, rows, 0)
-            return self.call(aten.movedim.int, row, 0, place.token)
-        return self.call(aten.movedim.intlist, rows, [0, 1], [place.batch, place.token])
+    def _put_back(self, node: Node) -> Node:
+        """The packed tokens where they were, zeros at padding."""
+        self._refuse_merged(node)
+        return put_back(self, node)
 
-    def _refuse_merged(self, node: Node, place: Place) -> None:
-        """Tokens are gathered and put back where their dims hold nothing else, rows first."""
+    def _shares(self, node: Node) -> bool:
+        """Whether rows or tokens share a dim with something else, or lie in it tokens first."""
+        place = self.place(node)
         dims, alone = self.places.solution.dims(node), (self.places.token, self.places.batch)
         if place.token is not None and place.token == place.batch:
             alone = (self.places.batch + self.places.token,)
-        if any(d is not None and dims[d] not in alone for d in (place.token, place.batch)):
+        return any(d is not None and dims[d] not in alone for d in (place.token, place.batch))
+
+    def _refuse_merged(self, node: Node) -> None:
+        """Tokens are gathered and put back where their dims hold nothing else, rows first."""
+        if self._shares(node):
             text = self.places.solution.text(node)
             raise Unpackable("merged", node, f"its tokens or rows share a dim with more: {text}")
 
@@ -208,32 +250,24 @@ class Rewriter:
         if self.place(node).holds is not Holds.TOKENS:
             raise Unpackable("rows", node, "it mixes the rows of the batch")
         source, output = _output_of(node)
-        return self.outputs(source)[output]
+        if source not in self._stuck and self._can_pack(node):
+            return self.outputs(source)[output]
+        return self._gathered(node)
 
     def _gathered(self, node: Node) -> Node:
         """The tokens of a plain value, in one row."""
-        place, plain = self.place(node), self.plain(node)
-        self._refuse_merged(node, place)
+        self.plain(node)
+        self._refuse_merged(node)
         if self.readers.tainted(node):
-            raise Unpackable("reads_padding", node, "it is made of padding tokens")
-        token, batch = place.token, place.batch
-        assert token is not None
-        if place.holds is Holds.POSITIONS or batch is None:
-            return self.call(aten.index_select.default, plain, token, self.index["columns"])
-        if batch == token:
-            return self.call(aten.index_select.default, plain, token, self.index["indices"])
-        front = self.call(aten.movedim.intlist, plain, [batch, token], [0, 1])
-        flat = self.call(aten.flatten.using_ints, front, 0, 1)
-        chosen = self.call(aten.index_select.default, flat, 0, self.index["indices"])
-        rows = self.call(aten.unsqueeze.default, chosen, 0)
-        return self.call(aten.movedim.intlist, rows, [0, 1], [batch, token])
+            self._prove(node)
+        return gather(self, node)
 
     def rows_as_tokens(self, node: Node, token: int) -> Node:
         """A value with one entry a row, as one with an entry a token in dim ``token``."""
         batch = self.place(node).batch
         assert batch is not None
-        self._refuse_merged(node, self.place(node))
-        chosen = self.call(aten.index_select.default, self.plain(node), batch, self.index["rows"])
+        self._refuse_merged(node)
+        chosen = self.call(aten.index_select.default, self.whole(node), batch, self.index["rows"])
         return self.call(aten.transpose.int, chosen, batch, token)
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -258,8 +292,9 @@ class Rewriter:
     def _run(self, node: Node) -> tuple[Node, ...]:
         found = handler(node)
         if found is not None:
+            made = found(self, node)
             self.mixers += 1
-            return found(self, node)
+            return made
         if not self._can_pack(node):
             kinds = ", ".join(sorted(self.places.kinds(node)))
             name = opname(node) or str(node.target)
@@ -320,12 +355,12 @@ def _operands(rewriter: Rewriter, relation: Relation) -> Callable[[Node], Node]:
 
     def operand(source: Node) -> Node:
         if not is_tensor(source):
-            return rewriter.plain(source)
+            return rewriter.whole(source)
         holds = places.of(source).holds
         if holds in (Holds.TOKENS, Holds.POSITIONS):
             return rewriter.packed(source)
         if holds is Holds.NEITHER:
-            return rewriter.plain(source)
+            return rewriter.whole(source)
         if holds is Holds.SQUARE:
             raise Unpackable("pairs", node, "it reads a value of every pair of tokens")
         shape, rank = values(source)[0].shape, values(node)[0].dim()
