@@ -31,6 +31,7 @@ from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
+from effpass.passes import packed_rows
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -62,6 +63,7 @@ def compile_graph(
     stages = Stages(report.name)
     stages.graph("dynamo", gm)
     graph = _captured(gm, inputs, report)
+    marks = packed_rows.take(graph, [str(n.target) for n in gm.graph.find_nodes(op="placeholder")])
     stages.graph("captured", graph)
     report.nodes_before = len(graph.graph.nodes)
     before = reference_form(graph) if config.verify else None
@@ -77,24 +79,40 @@ def compile_graph(
     report.misses += _unraised(graph, report)
     if keep is not None:
         report.axes = _axes(graph)
-    packed = _packed(graph, inputs, config, report)
-    if packed is not None:
-        report.declined += _declined_functions(graph)
-        report.seconds = time.perf_counter() - started
-        (keep or _publish(gm, inputs))(report)
-        return packed
-    report.chosen += lower(graph, config.targets)
-    stages.graph("lowered", graph)
     report.declined += _declined_functions(graph)
 
+    def finish() -> Callable[..., Any]:
+        run = _packed(graph, inputs, config, report)
+        return run or _lowered(graph, before, inputs, config, report, stages)
+
+    rows = packed_rows.find_rows(graph, marks, _forms(config, report), finish)
+    if rows is not None and rows.what is not None:
+        report.applied.append(rows.what)
+        report.forms = rows.counts
+        report.nodes_after = len(graph.graph.nodes)
+    run = rows or finish()
+    report.seconds = time.perf_counter() - started
+    stages.report(report)
+    (keep or _publish(gm, inputs))(report)
+    return run
+
+
+def _lowered(
+    graph: GraphModule,
+    before: GraphModule | None,
+    inputs: Sequence[Any],
+    config: Config,
+    report: GraphReport,
+    stages: Stages,
+) -> Callable[..., Any]:
+    """The one graph of most models: an implementation for every op, verified and compiled."""
+    report.chosen += lower(graph, config.targets)
+    stages.graph("lowered", graph)
     if before is not None:
         compare = functools.partial(verify, before, graph, inputs)
         if not _agree("clean and lower", compare, "the captured graph", config, report):
             graph = before
     report.nodes_after = len(graph.graph.nodes)
-    report.seconds = time.perf_counter() - started
-    stages.report(report)
-    (keep or _publish(gm, inputs))(report)
     return _compile(graph, inputs, config)
 
 
@@ -172,10 +190,8 @@ def _agree(
     return True
 
 
-def _packed(
-    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
-) -> Callable[..., Any] | None:
-    """The graph with and without padding as one callable, where that was asked for and can be."""
+def _forms(config: Config, report: GraphReport) -> Callable[[str], Callable[..., Any]]:
+    """Compiles forms of one graph when they first run; the report tells ops of the packed one."""
     chosen: dict[str, list[Chosen]] = {}
 
     def compile(form: str) -> Callable[..., Any]:
@@ -183,13 +199,21 @@ def _packed(
             made = capture(gm, given)
             clean(made)
             chosen[form] = lower(made, config.targets)
-            report.chosen = chosen.get("packed") or chosen[form]
+            packed = [each for name, each in chosen.items() if name != "plain"]
+            report.chosen = packed[0] if packed else chosen[form]
             return _compile(made, given, config)
 
         return finish
 
+    return compile
+
+
+def _packed(
+    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> Callable[..., Any] | None:
+    """The graph with and without padding as one callable, where that was asked for and can be."""
     for each in config.passes:
-        found = each.apply(graph, compile)
+        found = each.apply(graph, _forms(config, report))
         if isinstance(found, Declined):
             report.declined.append(found)
             continue

@@ -108,8 +108,8 @@ class PackVarlen:
         run = Packed(
             list(inputs).index(rewriter.places.mask),
             needs(rewriter),
-            _compiled(gm, compile("plain")),
-            _compiled(packed, compile("packed")),
+            compiled(gm, compile("plain")),
+            compiled(packed, compile("packed")),
             {"plain": 0, "packed": 0},
         )
         what = f"tokens of {rewriter.places.mask.target}"
@@ -149,7 +149,7 @@ def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def _compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
+def compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
     """A graph as a function that is compiled when it is first called, once for all sizes.
 
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
