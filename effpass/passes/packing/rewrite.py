@@ -103,7 +103,7 @@ class Rewriter:
         if node not in self.places.solution or not self.heavy(node):
             return self.plain(node)
         plain = self.plain(node)
-        if node not in self.readers.mixed:
+        if node not in self.readers.mixed and node not in self.readers.picked:
             return plain
         if self.place(node).holds is not Holds.TOKENS:
             return self.whole(node)
@@ -120,6 +120,10 @@ class Rewriter:
     def _prove(self, node: Node) -> None:
         """Raises Unpackable unless real tokens of an island's value are as they were."""
         if node in self._proven:
+            return
+        tokens = self.place(node).holds is Holds.TOKENS
+        if node in self.readers.picked and not tokens:
+            self.readers.demand(node)
             return
         verdict = self.islands.verdict(node)
         if verdict is None or not (verdict.right or verdict.left):

@@ -9,6 +9,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
+from effpass.axes.labels import expression
 from effpass.axes.relation import values
 from effpass.graph.region import ancestors, evaluate
 from effpass.graph.writes import writes
@@ -114,6 +115,8 @@ def size_of(size: Any, own: dict[str, int]) -> int:
     """A size as a number: by the symbols that are known, or as it was captured."""
     if isinstance(size, int):
         return size
-    if str(size) in own:
-        return own[str(size)]
+    made = expression(size)
+    known = made.subs({s: own[str(s)] for s in made.free_symbols if str(s) in own})
+    if known.is_Integer:
+        return int(known)
     return int(size.node.hint) if isinstance(size, SymInt) else int(size)
