@@ -221,7 +221,7 @@ def _packed(
             compare = functools.partial(found.verify, inputs)
             if not _agree(each.name, compare, "the graph with its padding", config, report):
                 continue
-        report.applied.append(found.what)
+        report.applied += found.what
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
         return found.run

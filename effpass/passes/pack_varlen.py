@@ -20,10 +20,12 @@ from torch.utils import _pytree as pytree
 from effpass.axes.labels import expression
 from effpass.axes.relation import arguments
 from effpass.graph.region import ancestors
+from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
 from effpass.passes.packing.modes import write_contexts
-from effpass.passes.packing.places import Holds, Unpackable
+from effpass.passes.packing.moves import clear
+from effpass.passes.packing.places import Unpackable
 from effpass.passes.packing.prologue import Needs, Packed, indices
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.report import Applied, Declined
@@ -39,7 +41,7 @@ class Forms:
     plain: GraphModule
     packed: GraphModule
     run: Packed
-    what: Applied
+    what: tuple[Applied, ...]
 
     def verify(self, inputs: Sequence[Any]) -> str:
         """Compares both forms on copies of ``inputs``, at real tokens; answers how close they are.
@@ -68,19 +70,7 @@ class Forms:
         """An output of the plain graph, zero at padding where it holds tokens."""
         outputs: Any = self.plain.graph.output_node().args[0]
         node = pytree.tree_leaves(outputs)[output]
-        place = self.rewriter.place(node)
-        if place.holds is not Holds.TOKENS or place.token is None:
-            return value
-        shape = [1] * value.dim()
-        if place.batch == place.token:
-            keep = real.flatten()
-            shape[place.token] = keep.numel()
-            return value * keep.view(shape)
-        shape[place.token] = real.shape[1]
-        if place.batch is not None:
-            shape[place.batch] = real.shape[0]
-            real = real.t() if place.batch > place.token else real
-        return torch.where(real.reshape(shape), value, torch.zeros_like(value))
+        return clear(value, node, self.rewriter.places, real)
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,11 @@ class PackVarlen:
             {"plain": 0, "packed": 0},
         )
         what = f"tokens of {rewriter.places.mask.target}"
-        return Forms(rewriter, gm, packed, run, Applied(self.name, what, rewriter.mixers))
+        made = [Applied(self.name, what, rewriter.mixers)]
+        if rewriter.proven:
+            parts = "parts that run with their padding"
+            made.append(Applied(self.name, parts, len(rewriter.proven), layer(rewriter.proven[0])))
+        return Forms(rewriter, gm, packed, run, tuple(made))
 
 
 def _random(node: Node) -> bool:

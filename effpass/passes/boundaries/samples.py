@@ -43,13 +43,13 @@ class RowSamples(Samples):
                 begins[:, 0] = False
                 yield begins.cumsum(1)
 
-    def _given(self, node: Node, mask: Tensor) -> Any:
+    def given(self, node: Node, mask: Tensor) -> Any:
         value = node.meta["val"]
         if node is self.marks.get("position_ids"):
             return positions(mask).to(value.dtype)
         if node is self.marks.get("seq_idx"):
             return mask.to(value.dtype)
-        return super()._given(node, mask)
+        return super().given(node, mask)
 
 
 def positions(numbers: Tensor) -> Tensor:

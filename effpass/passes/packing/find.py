@@ -37,9 +37,11 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
             if rewriter.proofs:
                 return rewriter, made
             reason = "no attention, scan or convolution of this graph depends on it"
-            stopped.append((0, Unpackable("no_mask", mask, reason, NO_MASK)))
+            why = Unpackable("no_mask", mask, reason, NO_MASK)
         except Unpackable as reason:
-            stopped.append((rewriter.reached if rewriter else 0, reason))
+            why = reason
+        if not inverted:  # the usual reading is the one to tell of
+            stopped.append((rewriter.reached if rewriter and why.code != "no_mask" else 0, why))
     if not stopped:
         raise Unpackable("no_mask", None, "no input of the graph is a padding mask", NO_MASK)
     raise max(stopped, key=lambda each: each[0])[1]

@@ -1,10 +1,10 @@
 """Islands: parts of a packed graph that run with the padding, as they were.
 
-What mixes tokens in a way that has no packed form (scores with a soft cap or a learned bias, sorting
-by expert, a recurrence written out) reads values that were put back in their rows, zero at padding;
-what leaves it is gathered again. That is right exactly if real tokens do not depend on what padding
-holds. This is not read off the nodes but tried: the island runs on random values, once with numbers
-at padding and once with zeros there, for padding on each side and in between.
+What mixes tokens in a way that has no packed form (scores with a soft cap or a learned bias,
+sorting by expert, a recurrence written out) reads values that were put back in their rows, zero at
+padding; what leaves it is gathered again. That is right exactly if real tokens do not depend on
+what padding holds. This is not read off the nodes but tried: the island runs on random values, once
+with numbers at padding and once with zeros there, for padding on each side and in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.fx import Node
 
 from effpass.axes.relation import values
 from effpass.graph.region import Region, evaluate
-from effpass.passes.packing.places import Holds, Place, Places
+from effpass.passes.packing.moves import clear
+from effpass.passes.packing.places import Places
 from effpass.passes.packing.samples import Samples, size_of
 
 # of the largest value; sums of other tokens come in another order, closed scores leave less
@@ -155,9 +156,7 @@ class Islands:
                 env[node] = drawn.requires_grad_()
                 inputs.append(drawn)
             made = self._run(island, env, padding if quiet else None)
-            place = self._place(island.target)
-            if place.holds is Holds.TOKENS:
-                made = _at_padding(made, place, padding, 0.0)
+            made = clear(made, island.target, self.places, padding.bool())
             runs.append([made.detach(), *self._gradients(island, made, inputs, env, padding)])
         return all(map(_close, *runs))
 
@@ -165,7 +164,7 @@ class Islands:
         for node in island.nodes:
             (env[node],) = evaluate([node], [node], env)
             if padding is not None and node in island.cleared:
-                env[node] = _at_padding(env[node], self._place(node), padding, 0)
+                env[node] = clear(env[node], node, self.places, padding.bool())
         return env[island.target]
 
     def _gradients(
@@ -186,7 +185,7 @@ class Islands:
             made, wanted, torch.randn_like(made), allow_unused=True, materialize_grads=True
         )
         real = [
-            _at_padding(grad, self._place(node), padding, 0.0)
+            clear(grad, node, self.places, padding.bool())
             for grad, node in zip(grads, island.shores, strict=False)
         ]
         return [*real, *grads[len(inputs) :]]
@@ -195,10 +194,7 @@ class Islands:
         """Random values, at padding ``loud`` times as large."""
         value, own = node.meta["val"], self.samples.own(padding)
         drawn = torch.randn([size_of(size, own) for size in value.shape]).to(value.dtype)
-        return _at_padding(drawn, self._place(node), padding, loud)
-
-    def _place(self, node: Node) -> Place:
-        return self.places.of(node) if node in self.places.solution else Place(Holds.NEITHER)
+        return clear(drawn, node, self.places, padding.bool(), loud)
 
 
 def _padded(rows: int, tokens: int) -> Iterator[tuple[str, Tensor]]:
@@ -208,23 +204,6 @@ def _padded(rows: int, tokens: int) -> Iterator[tuple[str, Tensor]]:
     yield "right", (at < lengths[:, None]).long()
     yield "left", (at >= tokens - lengths[:, None]).long()
     yield "scattered", torch.stack([(at + row) % 3 != 1 for row in range(rows)]).long()
-
-
-def _at_padding(value: Tensor, place: Place, padding: Tensor, factor: float) -> Tensor:
-    """A value of tokens, multiplied by ``factor`` at padding; 0 clears it, NaN too."""
-    if place.token is None or place.holds is not Holds.TOKENS:
-        return value
-    real = padding.bool()
-    shape = [1] * value.dim()
-    if place.batch == place.token:
-        shape[place.token] = real.numel()
-    else:
-        shape[place.token] = real.shape[1]
-        if place.batch is not None:
-            shape[place.batch] = real.shape[0]
-            real = real.t() if place.batch > place.token else real
-    real = real.reshape(shape)
-    return torch.where(real, value, torch.zeros_like(value) if factor == 0 else value * factor)
 
 
 def _weight(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tokens into one row, and back to where they were."""
+"""Tokens into one row, back to where they were, and padding to zero."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import operator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from effpass.passes.packing.places import Holds
+from effpass.passes.packing.places import Holds, Places
 
 if TYPE_CHECKING:
     from effpass.passes.packing.rewrite import Rewriter
@@ -54,3 +55,36 @@ def put_back(rewriter: Rewriter, node: Node) -> Node:
         row = rewriter.call(aten.squeeze.dim, rows, 0)
         return rewriter.call(aten.movedim.int, row, 0, place.token)
     return rewriter.call(aten.movedim.intlist, rows, [0, 1], [place.batch, place.token])
+
+
+def clear(value: Tensor, node: Node, places: Places, real: Tensor, factor: float = 0.0) -> Tensor:
+    """A value of ``node``, zero (or ``factor`` times what it was) where ``real`` (b, t) is not.
+
+    A value that does not hold tokens is left as it is. Rows and tokens may share dims with more.
+    """
+    if node not in places.solution or places.of(node).holds is not Holds.TOKENS:
+        return value
+    names = {**dict.fromkeys(places.batch, 0), **dict.fromkeys(places.token, 1)}
+    shape: list[int] = []
+    axes: list[int] = []
+    for dim, size in zip(places.solution.dims(node), value.shape, strict=True):
+        parts = [real.shape[names[n]] if n in names else 0 for n in dim] or [size]
+        for i, label in enumerate(dim):
+            if label in names:
+                axes.append(names[label])
+            elif parts.count(0) > 1:
+                parts[i] = int(places.solution.classes.sizes[label])
+        known = torch.Size([part for part in parts if part]).numel()
+        shape += [part or size // known for part in parts]
+    where = [i for i, label in enumerate(_flat(places, node)) if label in names]
+    view = [1] * len(shape)
+    for at, axis in zip(where, axes, strict=True):
+        view[at] = real.shape[axis]
+    keep = real if axes in ([0, 1], [1]) else real.t()
+    keep = keep.reshape(view).expand(shape).reshape(value.shape)
+    return torch.where(keep, value, torch.zeros_like(value) if factor == 0 else value * factor)
+
+
+def _flat(places: Places, node: Node) -> list[int | None]:
+    """All labels of a value's dims, one after the other; None for a dim without."""
+    return [n for dim in places.solution.dims(node) for n in (dim or (None,))]

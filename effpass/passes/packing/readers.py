@@ -12,7 +12,6 @@ from effpass.axes.relation import Kind, arguments, is_tensor
 from effpass.passes.packing.places import Places, Unpackable
 from effpass.passes.packing.samples import Samples
 
-
 Condition = int | tuple[Node, Node]  # a position, or light (rows, positions), read as real tokens
 
 
@@ -47,9 +46,7 @@ class Readers:
             elif condition not in self.picks:
                 self.picks.append(condition)
 
-    def read(
-        self, node: Node, plain: Callable[[Node], Any], why: Unpackable | None = None
-    ) -> None:
+    def read(self, node: Node, plain: Callable[[Node], Any], why: Unpackable | None = None) -> None:
         """A node reads plain values; it is ``mixed`` where padding may change its result.
 
         ``why``: the reason why it has no packed form, where there is one.

@@ -57,7 +57,7 @@ class Rewriter:
         self._outputs: dict[Node, tuple[Node, ...]] = {}
         self._heavy: dict[Node, bool] = {}
         self._stuck: dict[Node, Unpackable] = {}  # why nodes have no packed form, though they might
-        self._proven: set[Node] = set()  # values of islands that are right at real tokens
+        self.proven: list[Node] = []  # values of islands that are right at real tokens
         for node in gm.graph.find_nodes(op="placeholder"):
             self._plain[node] = self.graph.placeholder(str(node.target))
             self._plain[node].meta["val"] = node.meta.get("val")
@@ -78,7 +78,9 @@ class Rewriter:
                     self.plain(node)
         output = self.gm.graph.output_node()
         self.graph.output(map_arg(output.args[0], self._result))
-        if self.left and self.right:
+        length: Any = values(self.places.mask)[0].shape[1]
+        last = any(column in (-1, length - 1) for column in self.readers.columns)
+        if self.right and (self.left or last):
             reason = "final states need padding in front, and something else needs it at the end"
             raise Unpackable("states", output, reason, "prefill without a cache, or rows alone")
         made = GraphModule(self.gm, self.graph)
@@ -102,10 +104,12 @@ class Rewriter:
         """An output of the graph."""
         if node not in self.places.solution or not self.heavy(node):
             return self.plain(node)
+        tokens = self.place(node).holds is Holds.TOKENS
         plain = self.plain(node)
-        if node not in self.readers.mixed and node not in self.readers.picked:
+        moved = node in self.readers.mixed or node in self.readers.picked
+        if not moved and not (tokens and self._selects(node) and node in self._packed):
             return plain
-        if self.place(node).holds is not Holds.TOKENS:
+        if not tokens:
             return self.whole(node)
         with self.graph.within(self.modes[node]):
             return self._put_back(node)
@@ -119,7 +123,7 @@ class Rewriter:
 
     def _prove(self, node: Node) -> None:
         """Raises Unpackable unless real tokens of an island's value are as they were."""
-        if node in self._proven:
+        if node in self.proven:
             return
         tokens = self.place(node).holds is Holds.TOKENS
         if node in self.readers.picked and not tokens:
@@ -134,7 +138,7 @@ class Rewriter:
         self.left |= not verdict.right
         self.contiguous |= not verdict.scattered
         self.proofs += verdict.masked
-        self._proven.add(node)
+        self.proven.append(node)
 
     @property
     def reached(self) -> int:
@@ -183,7 +187,8 @@ class Rewriter:
             return self._copy(node)
         source, output = _output_of(node)
         tokens = self.place(node).holds is Holds.TOKENS
-        if tokens and self._can_pack(node) and self._try(node) and not self._shares(node):
+        wanted = tokens and not self._selects(node) and not self._shares(node)
+        if wanted and self._can_pack(node) and self._try(node):
             restored = self._put_back(node)
             self.islands.shores.add(node)
             if self.zeros.at_padding(node):
@@ -224,6 +229,13 @@ class Rewriter:
         """The packed tokens where they were, zeros at padding."""
         self._refuse_merged(node)
         return put_back(self, node)
+
+    def _selects(self, node: Node) -> bool:
+        """Whether the model itself chooses what padding holds, by a mask: no zeros, perhaps."""
+        given = node.args[0] if opname(node) == "where" else node.args[1:2]
+        given = given if isinstance(given, tuple) else (given,)
+        selects = opname(node) in ("where", "masked_fill")
+        return selects and all(is_tensor(n) and self.samples.light(n) for n in given)
 
     def _shares(self, node: Node) -> bool:
         """Whether rows or tokens share a dim with something else, or lie in it tokens first."""
