@@ -27,6 +27,7 @@ from effpass.passes.packing.modes import write_contexts
 from effpass.passes.packing.moves import clear
 from effpass.passes.packing.places import Unpackable
 from effpass.passes.packing.prologue import Needs, Packed, indices
+from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.report import Applied, Declined
 
@@ -53,13 +54,14 @@ class Forms:
             return f"not run: {reason}"
         mask = inputs[self.run.mask]
         real = self.run.real(mask)
-        if not self.run.fits(mask, real, inputs):
+        total = self.run.fits(mask, real, inputs)
+        if not total:
             return "not run: this batch has no padding, or such that the plain graph runs"
         if any(map(_random, self.plain.graph.nodes)):
             return "not run: the graph draws random numbers, for other tokens when it runs packed"
         count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
         expected = run_copy(self.plain, inputs)
-        actual = run_copy(self.packed, [*inputs, *indices(real)])
+        actual = run_copy(self.packed, [*inputs, *indices(real, total)])
         worst = 0.0
         for i, (want, have) in enumerate(zip(expected, actual, strict=False)):
             if isinstance(want, Tensor) and i < count:
@@ -127,19 +129,22 @@ def needs(rewriter: Rewriter) -> Needs:
         rewriter.right,
         tuple(sorted(readers.columns)),
         rewriter.samples.longest,
-        _picks(rewriter.gm, readers.picks) if readers.picks else None,
+        _picks(rewriter.gm, readers) if readers.picks or readers.ignored else None,
+        tuple((each.index, each.first) for each in readers.ignored),
         rewriter.samples.inverted,
     )
 
 
-def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
-    """The graph's own code for rows and positions that are read."""
-    wanted = ancestors(node for pair in pairs for node in pair)
+def _picks(gm: GraphModule, readers: Readers) -> GraphModule:
+    """The graph's own code for rows and positions that are read, and for targets."""
+    targets = [each.target for each in readers.ignored]
+    wanted = ancestors([*(node for pair in readers.picks for node in pair), *targets])
     graph, env = Graph(), dict[Node, Node]()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in wanted:
             env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output([(env[rows], env[positions]) for rows, positions in pairs])
+    pairs = [(env[rows], env[positions]) for rows, positions in readers.picks]
+    graph.output((pairs, [env[target] for target in targets]))
     return GraphModule(gm, graph)
 
 

@@ -332,3 +332,27 @@ def test_active_dropout() -> None:
     kept = real(small.Encoder.forward(model, x, mask), mask)
     both = (found != 0) & (kept != 0)
     close(found[both], kept[both], "model_fp32")
+
+
+def test_one_look_at_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers that the host reads of a batch are read at once: one wait for a device."""
+    from effpass.passes.packing.prologue import Needs, Packed
+
+    looks: list[str] = []
+    for name in ("tolist", "item", "nonzero", "__bool__", "__int__"):
+        whole = getattr(Tensor, name)
+
+        def counted(self: Tensor, *args: Any, _name: str = name, _whole: Any = whole) -> Any:
+            looks.append(_name)
+            return _whole(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    given: list[tuple[Any, ...]] = []
+    run = Packed(0, Needs(True, columns=(0,)), len, lambda *a: given.append(a), {"packed": 0})
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    run(mask)
+    assert looks == ["tolist"]
+    _, flat, rows, columns, cu_seqlens = given[0]
+    monkeypatch.undo()
+    assert [flat.tolist(), rows.tolist(), columns.tolist()] == [[0, 1, 4], [0, 0, 1], [0, 1, 0]]
+    assert cu_seqlens.tolist() == [0, 2, 3, 3] and cu_seqlens.dtype == torch.int32

@@ -9,10 +9,12 @@ from torch.fx import Node
 
 from effpass.axes.labels import Dim, opname
 from effpass.axes.relation import Kind, arguments, is_tensor
+from effpass.passes.packing.losses import Ignored, ignored, is_loss
 from effpass.passes.packing.places import Places, Unpackable
 from effpass.passes.packing.samples import Samples
 
-Condition = int | tuple[Node, Node]  # a position, or light (rows, positions), read as real tokens
+# a position, or light (rows, positions), that are read as real tokens; targets that are ignored
+Condition = int | tuple[Node, Node] | Ignored
 
 
 class Readers:
@@ -26,6 +28,7 @@ class Readers:
         self.places, self.samples = places, samples
         self.columns: set[int] = set()
         self.picks: list[tuple[Node, Node]] = []
+        self.ignored: list[Ignored] = []  # what must hold of targets
         self.mixed: dict[Node, Unpackable] = {}  # made of padding and real tokens, and where
         self.picked: dict[Node, frozenset[Condition]] = {}  # right where these are real tokens
         self._tainted: dict[Node, Dim] = {}
@@ -43,6 +46,8 @@ class Readers:
         for condition in self.picked[node]:
             if isinstance(condition, int):
                 self.columns.add(condition)
+            elif isinstance(condition, Ignored):
+                self.ignored.append(condition)
             elif condition not in self.picks:
                 self.picks.append(condition)
 
@@ -66,7 +71,11 @@ class Readers:
 
     def _follows(self, node: Node, tainted: list[Node]) -> bool:
         """Whether it is known what a node makes of values that differ at padding alone."""
-        found = self._selects(node, tainted[0]) if len(tainted) == 1 else None
+        found: Condition | None = None
+        if len(tainted) == 1 and is_loss(node):
+            found = ignored(node, self.places, self.samples)
+        elif len(tainted) == 1:
+            found = self._selects(node, tainted[0])
         if found is not None:
             self.picked[node] = frozenset((found,))
             return True

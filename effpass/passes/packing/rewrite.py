@@ -23,6 +23,7 @@ from effpass.axes.labels import opname, single
 from effpass.axes.relation import Relation, arguments, is_tensor, values
 from effpass.graph.region import ancestors
 from effpass.passes.packing.islands import Islands
+from effpass.passes.packing.losses import is_loss, packed_loss
 from effpass.passes.packing.mixers import handler
 from effpass.passes.packing.modes import ModedGraph, modes, switch_modes
 from effpass.passes.packing.moves import gather, put_back
@@ -196,6 +197,11 @@ class Rewriter:
             else:
                 self.readers.taint(node)
             return restored
+        if is_loss(node):
+            try:
+                return packed_loss(self, node)
+            except Unpackable as reason:
+                self._stuck[node] = reason
         if handler(source) is not None and not tokens and source not in self._stuck:
             self.left = True  # behind padding, the padded model's own state is another
             return self.outputs(source)[output]
