@@ -12,7 +12,7 @@ from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.axes.rules.views import MADE, MADE_BESIDE
 from effpass.axes.solve import Solution, solve
-from effpass.graph.region import ancestors
+from effpass.graph.region import WHOLE, ancestors
 from effpass.graph.writes import writes
 from effpass.passes.packing.mixers import attentions
 from effpass.passes.packing.places import Places, Unpackable
@@ -100,7 +100,7 @@ def _shaped_like_a_mask(node: Node) -> bool:
 
 def _refuse(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator) and node.target not in WHOLE:
             raise Unpackable(
                 "region", node, f"{node.target} has a body of its own, which is not packed yet"
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.relation import values
 from effpass.passes.packing.places import Holds, Places
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def gather(rewriter: Rewriter, node: Node) -> Node:
 
 def put_back(rewriter: Rewriter, node: Node) -> Node:
     """The packed form of a value of tokens in its rows, zero at padding."""
+    made = _in_rows(rewriter, node)
+    value = values(node)[0]
+    return rewriter.call(aten.contiguous.default, made) if value.is_contiguous() else made
+
+
+def _in_rows(rewriter: Rewriter, node: Node) -> Node:
     place, packed, graph = rewriter.place(node), rewriter.packed(node), rewriter.graph
     assert place.token is not None
     if place.batch is not None and place.batch != place.token:

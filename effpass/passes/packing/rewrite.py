@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import Relation, arguments, is_tensor, values
 from effpass.graph.region import ancestors
+from effpass.passes.packing.dry_run import check_shapes
 from effpass.passes.packing.islands import Islands
 from effpass.passes.packing.losses import is_loss, packed_loss
 from effpass.passes.packing.mixers import handler
@@ -89,6 +90,7 @@ class Rewriter:
         switch_modes(self.graph)
         self.graph.lint()
         made.recompile()
+        check_shapes(made, self.places.mask)
         return made
 
     def _try(self, node: Node) -> bool:
@@ -222,7 +224,9 @@ class Rewriter:
         if node.op != "call_function":
             raise Unpackable("node", node, f"{node.op} {node.target} is no operation of a graph")
         args, kwargs = map_arg((node.args, node.kwargs), self.plain)
-        return self.from_(node, self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
+        # what was put back may lie otherwise in memory than what it stands for
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        return self.from_(node, self.graph.call_function(target, args, kwargs))
 
     def from_(self, node: Node, made: Node) -> Node:
         """Gives a new node the source of the node it stands for."""
