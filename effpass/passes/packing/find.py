@@ -15,6 +15,7 @@ from effpass.axes.solve import Solution, solve
 from effpass.graph.region import WHOLE, ancestors
 from effpass.graph.writes import writes
 from effpass.passes.packing.mixers import attentions
+from effpass.passes.packing.own_writes import make_new
 from effpass.passes.packing.places import Places, Unpackable
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.passes.packing.samples import Samples
@@ -27,6 +28,7 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
 
     Raises Unpackable with what stopped the most promising one.
     """
+    make_new(gm)
     _refuse(gm)
     stopped: list[tuple[int, Unpackable]] = []
     for inverted, mask in product((False, True), _candidates(gm)):
