@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effpass
@@ -160,6 +161,24 @@ def test_what_padding_holds_does_not_leak(name: str) -> None:
     with torch.no_grad():
         model.embed.weight[0] = float("nan")
     close(real(run(x, mask), mask), before, "model_fp32")
+
+
+class Dropped(small.Encoder):
+    """Attention with active dropout, which drops nothing in practice."""
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.layers[0].qkv(x).unflatten(-1, (3, HEADS, SIZE)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, self.spell(mask), dropout_p=1e-12)
+        return x + y.transpose(1, 2).flatten(2)
+
+
+def test_active_dropout_in_attention() -> None:
+    model = seeded(lambda: Dropped(small.boolean, small.tokens))
+    run = compiled(model)
+    x, (_, mask) = ids(ROWS, 9), next(paddings(ROWS, 9))
+    close(real(run(x, mask), mask), real(model(x, mask), mask), "model_fp32")
+    assert ran(run) == {"plain": 0, "packed": 1}, declined(run)
 
 
 def test_rows_are_apart() -> None:
