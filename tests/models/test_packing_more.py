@@ -36,8 +36,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         transformers.MixtralConfig(**SIZES, **HEADS, num_key_value_heads=2, num_local_experts=4)
     ),
 }
-# torch's own: Dynamo instantiates a model's autograd.Function, which torch deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# torch's own: Dynamo instantiates a model's autograd.Function, and looks for its inputs' gradients
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
 
 
 @pytest.mark.slow

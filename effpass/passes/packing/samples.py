@@ -70,10 +70,6 @@ class Samples:
         with torch.no_grad():
             return evaluate(inside, [node], given)[0] if inside else given[node]
 
-    def own(self, mask: Tensor) -> dict[str, int]:
-        """The sizes that symbols have with a mask of this shape."""
-        return dict(zip(map(str, values(self.mask)[0].shape), mask.shape, strict=True))
-
     def given(self, node: Node, mask: Tensor) -> Any:
         """A value for one input of the graph, when ``mask`` (1: a real token) is the padding."""
         value = node.meta["val"]
@@ -85,6 +81,10 @@ class Samples:
         shape = [size_of(size, own) for size in value.shape]
         generator = torch.Generator().manual_seed(mask.numel())
         return torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+
+    def own(self, mask: Tensor) -> dict[str, int]:
+        """Sizes by the symbols that the graph has for them."""
+        return dict(zip(map(str, values(self.mask)[0].shape), mask.shape, strict=True))
 
     def _drawn(self) -> Iterator[Tensor]:
         shape = values(self.mask)[0].shape
