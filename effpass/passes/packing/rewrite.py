@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from effpass.axes.labels import opname, single
-from effpass.axes.relation import Relation, arguments, is_tensor, values
+from effpass.axes.relation import arguments, is_tensor, values
 from effpass.graph.region import ancestors
 from effpass.passes.packing.dry_run import check_shapes
 from effpass.passes.packing.islands import Islands
@@ -28,6 +28,7 @@ from effpass.passes.packing.losses import is_loss, packed_loss
 from effpass.passes.packing.mixers import handler
 from effpass.passes.packing.modes import ModedGraph, modes, switch_modes
 from effpass.passes.packing.moves import gather, put_back
+from effpass.passes.packing.operands import operands
 from effpass.passes.packing.places import Holds, Place, Places, Unpackable
 from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.samples import Samples
@@ -332,7 +333,7 @@ class Rewriter:
 
     def _free(self, node: Node) -> Node:
         relation = self.places.solution.relations[node]
-        operand = _operands(self, relation)
+        operand = operands(self, relation)
         name, given = opname(node), arguments(node)
         if name in CUTS and given["dim"] % values(given["self"])[0].dim() == self.place(node).token:
             if name != "slice":
@@ -372,31 +373,6 @@ class Rewriter:
             )
         target = aten.expand.default if name == "expand" else aten.reshape.default
         return self.call(target, operand(given["self"]), shape)
-
-
-def _operands(rewriter: Rewriter, relation: Relation) -> Callable[[Node], Node]:
-    """How a free node reads its operands."""
-    places, node = rewriter.places, relation.node
-    out = places.of(node)
-
-    def operand(source: Node) -> Node:
-        if not is_tensor(source):
-            return rewriter.whole(source)
-        holds = places.of(source).holds
-        if holds in (Holds.TOKENS, Holds.POSITIONS):
-            return rewriter.packed(source)
-        if holds is Holds.NEITHER:
-            return rewriter.whole(source)
-        if holds is Holds.SQUARE:
-            raise Unpackable("pairs", node, "it reads a value of every pair of tokens")
-        shape, rank = values(source)[0].shape, values(node)[0].dim()
-        at = -1 if out.token is None else out.token - (rank - len(shape))
-        pointwise = torch.Tag.pointwise in node.target.tags or opname(node) == "expand"  # type: ignore[union-attr]
-        if not pointwise or out.batch == out.token or at < 0 or not single(shape[at]):
-            raise Unpackable("rows", node, "it reads a value of every row, not element by element")
-        return rewriter.rows_as_tokens(source, at)
-
-    return operand
 
 
 def _output_of(node: Node) -> tuple[Node, int]:
