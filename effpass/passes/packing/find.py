@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.amp.autocast_mode import _enter_autocast
 from torch.fx import GraphModule, Node
+from torch.torch_version import TorchVersion
 
 from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
@@ -110,7 +111,7 @@ def _refuse(gm: GraphModule) -> None:
             )
         if node.op == "call_function" and not all(map(_own_memory, writes(node))):
             raise Unpackable("writes", node, "it writes to memory in place")
-        if node.target is _enter_autocast and torch.__version__ < (2, 13):
+        if node.target is _enter_autocast and TorchVersion(torch.__version__) < "2.13":
             reason = "autocast changes inside the graph, which this torch cannot trace again"
             raise Unpackable("mode", node, reason, "torch 2.13 or later, or autocast outside")
         if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
