@@ -20,8 +20,10 @@ from torch.fx import GraphModule
 
 import effpass.lowering  # noqa: F401  registers the implementations
 from effpass import ledger
+from effpass.axes.origins import origins
 from effpass.capture import known
 from effpass.capture.dynamo import CaptureError, capture
+from effpass.chains import Axes
 from effpass.config import Config
 from effpass.debug import Stages
 from effpass.graph.clean import clean, graphs
@@ -75,6 +77,8 @@ def compile_graph(
         report.applied += clean(graph)
         stages.graph("raised", graph)
     report.misses += _unraised(graph, report)
+    if keep is not None:
+        report.axes = _axes(graph)
     report.declined += _declined_functions(graph)
 
     def finish() -> Callable[..., Any]:
@@ -123,6 +127,18 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], report: GraphReport) -> Gr
         reason = f"it cannot be traced again: {type(error).__name__}: {error}"
         report.declined.append(Declined("capture", "", reason, "the graph runs uncleaned"))
     return gm
+
+
+def _axes(graph: GraphModule) -> list[Axes]:
+    """Batch and token dims of every value, and from where each has their names."""
+    return [
+        Axes(
+            *(each.node.name, each.text, layer(each.node), line(each.node)),
+            {name: node.name for name, node in each.via.items()},
+            each.given,
+        )
+        for each in origins(graph)
+    ]
 
 
 def _called(graph: GraphModule) -> list[Called]:
@@ -207,7 +223,7 @@ def _packed(
             compare = functools.partial(found.verify, inputs)
             if not _agree(each.name, compare, "the graph with its padding", config, report):
                 continue
-        report.applied.append(found.what)
+        report.applied += found.what
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
         return found.run

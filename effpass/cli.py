@@ -12,7 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
-from effpass import Config, __version__, explain
+from effpass import Config, Report, __version__, explain
+from effpass.chains import axes_table
 
 
 class UsageError(Exception):
@@ -33,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     show.add_argument("factory", metavar="MODULE:FACTORY")
     show.add_argument("--options", default="{}", help="options as for torch.compile, in JSON")
     show.add_argument("--json", metavar="FILE", help="also write the report there as JSON")
+    show.add_argument("--axes", action="store_true", help="the dims of every single value, too")
+    show.add_argument(
+        "--why",
+        metavar="VALUE[:NAME]",
+        help="how a value got its token dim (VALUE:batch: its batch dim)",
+    )
     arguments = parser.parse_args(argv)
     try:
         return _explain(arguments)
@@ -44,9 +51,28 @@ def _explain(arguments: argparse.Namespace) -> int:
     model, args, kwargs = _made(arguments.factory)
     report = explain(model, *args, options=_options(arguments.options), **kwargs)
     Console().print(report)
+    if arguments.axes:
+        Console().print(*(axes_table(graph.axes, every=True) for graph in report.graphs))
+    if arguments.why:
+        Console().print(_why(report, arguments.why))
     if arguments.json:
         Path(arguments.json).write_text(report.to_json())
     return 0
+
+
+def _why(report: Report, asked: str) -> str:
+    value, _, name = asked.partition(":")
+    try:
+        found = [
+            report.why(value, name or "token", i)
+            for i, graph in enumerate(report.graphs)
+            if len(report.graphs) == 1 or value in {each.value for each in graph.axes}
+        ]
+    except (KeyError, ValueError) as error:
+        raise UsageError(str(error.args[0])) from error
+    if not found:
+        raise UsageError(f"expected --why of a value of one of the graphs, found {value!r}")
+    return "\n".join(found)
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from effpass.chains import Axes, axes_table, chain_text
+
 # the ops that stand in graphs as nodes; whatever else is raised is torch's own, or only recorded
 NODES = frozenset(
     ("selective_scan", "ssd_scan", "linear_recurrence", "causal_conv1d", "varlen_attention")
@@ -133,6 +135,7 @@ class GraphReport:
     misses: list[Miss] = field(default_factory=list)
     chosen: list[Chosen] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # calls of each form of a packed graph
+    axes: list[Axes] = field(default_factory=list)  # of every value; only ``explain`` asks for it
 
     @property
     def coverage(self) -> list[Coverage]:
@@ -194,6 +197,18 @@ class Report:
         """What was found and nearly found in each layer, over all graphs."""
         return [r for g in self.graphs for r in g.coverage]
 
+    @property
+    def axes(self) -> list[Axes]:
+        """The dims of every value by name, over all graphs of ``effpass.explain``."""
+        return [r for g in self.graphs for r in g.axes]
+
+    def why(self, value: str, name: str = "token", graph: int = 0) -> str:
+        """How a value of one graph got the name of its ``"batch"`` or ``"token"`` dim, as text.
+
+        Raises KeyError for a value that is not there, IndexError for such a graph.
+        """
+        return chain_text(self.graphs[graph].axes, value, name)
+
     def count(self, op: str) -> int:
         """How many of the named op the graphs hold.
 
@@ -240,6 +255,8 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
     yield from _rows(
         "not raised", ("idiom", "where", "first failed condition", "source"), graph.misses
     )
+    if graph.axes:
+        yield axes_table(graph.axes)
 
 
 def _coverage_table(coverage: list[Coverage]) -> Table:

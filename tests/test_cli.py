@@ -35,3 +35,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_axes_and_chains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "tests.tiny:small", "--axes", "--why", "linear:token"]) == 0
+    printed = capsys.readouterr().out
+    assert "names it" in printed and "-> linear (1 token" in printed
+    with pytest.raises(SystemExit):
+        main(["explain", "tests.tiny:small", "--why", "no_such"])
+    assert "expected the name of a value" in capsys.readouterr().err

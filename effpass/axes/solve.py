@@ -120,7 +120,7 @@ class Solution:
         wanted = {label for d, n in self._names if n == name for label in self.classes.resolve(d)}
         graph = nx.Graph()
         for each in self.relations.values():
-            for places in _meetings(each):
+            for places in meetings(each):
                 graph.add_edges_from((places[0], place) for place in places[1:])
         here = (node, 0, dim)
         if here not in graph or not wanted.intersection(self.dims(node)[dim]):
@@ -215,7 +215,7 @@ def solve(gm: GraphModule) -> Solution:
     return found
 
 
-def _meetings(found: Relation) -> Iterator[list[Place]]:
+def meetings(found: Relation) -> Iterator[list[Place]]:
     """Dims of one node's tensors that share an axis."""
     places: dict[int, list[Place]] = {}
     tensors: list[tuple[Any, Dims]] = [((n, 0), dims) for n, dims in found.inputs]

@@ -160,7 +160,7 @@ def _backward(
     acc = accumulate_dtype(q.dtype)
     qs, ks, vs, grad = (each.to(acc) for each in (q, k, v, grad_out))
     add = None if bias is None else bias.to(acc)
-    dq, dk, dv = (torch.zeros_like(each) for each in (qs, ks, vs))
+    dq, dk, dv = (torch.zeros(e.shape, dtype=acc, device=e.device) for e in (qs, ks, vs))
     dbias = None if add is None else torch.zeros_like(add)
     at = spans(q.shape[0], k.shape[0], cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
     for i, j in at:

@@ -20,10 +20,14 @@ from torch.utils import _pytree as pytree
 from effpass.axes.labels import expression
 from effpass.axes.relation import arguments
 from effpass.graph.region import ancestors
+from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
-from effpass.passes.packing.places import Holds, Unpackable
+from effpass.passes.packing.modes import write_contexts
+from effpass.passes.packing.moves import clear
+from effpass.passes.packing.places import Unpackable
 from effpass.passes.packing.prologue import Needs, Packed, indices
+from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.report import Applied, Declined
 
@@ -38,7 +42,7 @@ class Forms:
     plain: GraphModule
     packed: GraphModule
     run: Packed
-    what: Applied
+    what: tuple[Applied, ...]
 
     def verify(self, inputs: Sequence[Any]) -> str:
         """Compares both forms on copies of ``inputs``, at real tokens; answers how close they are.
@@ -49,14 +53,15 @@ class Forms:
         if reason is not None:
             return f"not run: {reason}"
         mask = inputs[self.run.mask]
-        real = mask != 0
-        if not self.run.fits(mask, real, inputs):
+        real = self.run.real(mask)
+        total = self.run.fits(mask, real, inputs)
+        if not total:
             return "not run: this batch has no padding, or such that the plain graph runs"
         if any(map(_random, self.plain.graph.nodes)):
             return "not run: the graph draws random numbers, for other tokens when it runs packed"
         count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
         expected = run_copy(self.plain, inputs)
-        actual = run_copy(self.packed, [*inputs, *indices(real)])
+        actual = run_copy(self.packed, [*inputs, *indices(real, total)])
         worst = 0.0
         for i, (want, have) in enumerate(zip(expected, actual, strict=False)):
             if isinstance(want, Tensor) and i < count:
@@ -67,19 +72,7 @@ class Forms:
         """An output of the plain graph, zero at padding where it holds tokens."""
         outputs: Any = self.plain.graph.output_node().args[0]
         node = pytree.tree_leaves(outputs)[output]
-        place = self.rewriter.place(node)
-        if place.holds is not Holds.TOKENS or place.token is None:
-            return value
-        shape = [1] * value.dim()
-        if place.batch == place.token:
-            keep = real.flatten()
-            shape[place.token] = keep.numel()
-            return value * keep.view(shape)
-        shape[place.token] = real.shape[1]
-        if place.batch is not None:
-            shape[place.batch] = real.shape[0]
-            real = real.t() if place.batch > place.token else real
-        return torch.where(real.reshape(shape), value, torch.zeros_like(value))
+        return clear(value, node, self.rewriter.places, real)
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,11 @@ class PackVarlen:
             {"plain": 0, "packed": 0},
         )
         what = f"tokens of {rewriter.places.mask.target}"
-        return Forms(rewriter, gm, packed, run, Applied(self.name, what, rewriter.mixers))
+        made = [Applied(self.name, what, rewriter.mixers)]
+        if rewriter.proven:
+            parts = "parts that run with their padding"
+            made.append(Applied(self.name, parts, len(rewriter.proven), layer(rewriter.proven[0])))
+        return Forms(rewriter, gm, packed, run, tuple(made))
 
 
 def _random(node: Node) -> bool:
@@ -132,18 +129,22 @@ def needs(rewriter: Rewriter) -> Needs:
         rewriter.right,
         tuple(sorted(readers.columns)),
         rewriter.samples.longest,
-        _picks(rewriter.gm, readers.picks) if readers.picks else None,
+        _picks(rewriter.gm, readers) if readers.picks or readers.ignored else None,
+        tuple((each.index, each.first) for each in readers.ignored),
+        rewriter.samples.inverted,
     )
 
 
-def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
-    """The graph's own code for rows and positions that are read."""
-    wanted = ancestors(node for pair in pairs for node in pair)
+def _picks(gm: GraphModule, readers: Readers) -> GraphModule:
+    """The graph's own code for rows and positions that are read, and for targets."""
+    targets = [each.target for each in readers.ignored]
+    wanted = ancestors([*(node for pair in readers.picks for node in pair), *targets])
     graph, env = Graph(), dict[Node, Node]()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in wanted:
             env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output([(env[rows], env[positions]) for rows, positions in pairs])
+    pairs = [(env[rows], env[positions]) for rows, positions in readers.picks]
+    graph.output((pairs, [env[target] for target in targets]))
     return GraphModule(gm, graph)
 
 
@@ -153,6 +154,7 @@ def compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
     read from a tensor, where one has them: an integer would be a constant at first.
     """
+    write_contexts(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in inputs]
     tensors = {i: v for i, v in enumerate(values) if not isinstance(v, SymInt)}

@@ -321,7 +321,7 @@ def _backward(
     dtype = _working_dtype(q, k, v)
     acc = accumulate_dtype(dtype)
     qs, ks, vs, grad = _as(dtype if bias is None else acc, q, k, v, grad_out)
-    dq, dk, dv = (torch.zeros_like(each, dtype=acc) for each in (q, k, v))
+    dq, dk, dv = (torch.zeros(each.shape, dtype=acc, device=each.device) for each in (q, k, v))
     dbias = None if bias is None else bias.new_zeros(q.shape[1], k.shape[0], dtype=acc)
     bad = _spoilt(problem, [q, grad_out], _of_keys(k, v, bias))
     for call in _plan(problem, q.shape[1], q):

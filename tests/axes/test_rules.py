@@ -104,6 +104,11 @@ SAMPLES: dict[str, Sample] = {
         lambda x, y: F.cross_entropy(x, y, reduction="none"),
         (r(5, 3), whole(5)),
     ),
+    "cross_entropy_positions": (
+        lambda x, y: F.cross_entropy(x, y, reduction="none"),
+        (r(5, 3, 4), whole(5, 4)),
+    ),
+    "cross_entropy_of_positions": (lambda x, y: F.cross_entropy(x, y), (r(5, 3, 4), whole(5, 4))),
     "sum": (lambda x: x.sum(1), (r(2, 3, 5),)),
     "sum_all": (lambda x: x.sum(), (r(2, 3),)),
     "mean_kept": (lambda x: x.mean((0, -1), keepdim=True), (r(2, 3, 5),)),

@@ -20,11 +20,14 @@ OPTIONS: dict[str, Any] = {"pack_varlen": True, "compiler": "eager"}
 
 
 def row(graph: GraphReport) -> dict[str, Any]:
-    """Attention, scans and convolutions that run packed, or the code and reason of a decline."""
+    """Attention, scans and convolutions that run packed, and parts that run with their padding.
+
+    Or the code and reason of a decline.
+    """
     packed = [a.count for a in graph.applied if a.rewrite == "pack_varlen"]
     declined = [d for d in graph.declined if d.code.startswith("pack_varlen")]
     if packed:
-        return {"packed": packed[0]}
+        return {"packed": packed[0]} | ({"with padding": packed[1]} if packed[1:] else {})
     return {"code": declined[0].code, "reason": declined[0].reason, "where": declined[0].where}
 
 

@@ -136,18 +136,20 @@ def convolution(found: Relation, given: Mapping[str, Any]) -> Dims | None:
 
 @rule("cross_entropy_loss", "nll_loss", "nll_loss_nd")
 def loss(found: Relation, given: Mapping[str, Any]) -> Dims | None:
-    """``(n, c), (n) -> ()`` or ``(n)``."""
+    """``(n, c, ...), (n, ...) -> ()`` or ``(n, ...)``."""
     x = found.take(given["self"])
     target = given["target"]
-    if len(x) != 2 or target.meta["val"].dim() != 1:
+    each = (*x[:1], *x[2:])  # but for the classes
+    if len(x) < 2 or target.meta["val"].dim() != len(each):
         return None
-    found.read(target, x[:1])
+    found.read(target, each)
     if is_tensor(given["weight"]):
-        found.read(given["weight"], x[1:])
+        found.read(given["weight"], x[1:2])
     found.mark(x[1], Kind.BOUND)  # targets are indices of it
-    if values(found.node)[0].dim() == 1:
-        return x[:1]
-    found.mark(x[0], Kind.FOLDED)
+    if values(found.node)[0].dim() == len(each):
+        return each
+    for dim in each:
+        found.mark(dim, Kind.FOLDED)
     return ()
 
 

@@ -42,15 +42,16 @@ class RowSamples(Samples):
                 begins[:, 0] = False
                 yield begins.cumsum(1)
 
-    def _given(self, node: Node, mask: Tensor) -> Any:
+    def given(self, node: Node, mask: Tensor) -> Any:
+        """A value for one input, of a row whose sequences have the numbers ``mask``."""
         value = node.meta["val"]
         if node is self.marks.get("position_ids"):
             return positions(mask).to(value.dtype)
         if node is self.marks.get("seq_idx"):
             return mask.to(value.dtype)
-        return super()._given(node, mask)
+        return super().given(node, mask)
 
-    def _own(self, mask: Tensor) -> dict[str, int]:
+    def own(self, mask: Tensor) -> dict[str, int]:
         """Sizes that are symbols: all that are as long as the row, by whatever symbol."""
         row = values(self.mask)[0].shape[1]
         if not isinstance(row, SymInt):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import product
 
+import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
+from torch.amp.autocast_mode import _enter_autocast
 from torch.fx import GraphModule, Node
+from torch.torch_version import TorchVersion
 
 from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.axes.rules.views import MADE, MADE_BESIDE
 from effpass.axes.solve import Solution, solve
-from effpass.graph.region import ancestors
+from effpass.graph.region import WHOLE, ancestors
 from effpass.graph.writes import writes
 from effpass.passes.packing.mixers import attentions
+from effpass.passes.packing.own_writes import make_new
 from effpass.passes.packing.places import Places, Unpackable
 from effpass.passes.packing.rewrite import Rewriter
 from effpass.passes.packing.samples import Samples
@@ -27,30 +31,35 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
 
     Raises Unpackable with what stopped the most promising one.
     """
+    make_new(gm)
     _refuse(gm)
     stopped: list[tuple[int, Unpackable]] = []
-    for mask in _candidates(gm):
+    for inverted, mask in product((False, True), _candidates(gm)):
         rewriter = None
         try:
-            rewriter = Rewriter(gm, Places(_solved(gm, mask), mask), Samples(mask))
+            rewriter = Rewriter(gm, Places(_solved(gm, mask), mask), Samples(mask, inverted))
             made = rewriter.build()
             if rewriter.proofs:
                 return rewriter, made
             reason = "no attention, scan or convolution of this graph depends on it"
-            stopped.append((0, Unpackable("no_mask", mask, reason, NO_MASK)))
+            why = Unpackable("no_mask", mask, reason, NO_MASK)
         except Unpackable as reason:
-            stopped.append((rewriter.reached if rewriter else 0, reason))
+            why = reason
+        if not inverted:  # the usual reading is the one to tell of
+            stopped.append((rewriter.reached if rewriter and why.code != "no_mask" else 0, why))
     if not stopped:
         raise Unpackable("no_mask", None, "no input of the graph is a padding mask", NO_MASK)
     raise max(stopped, key=lambda each: each[0])[1]
 
 
-def _candidates(gm: GraphModule) -> Iterator[Node]:
+def _candidates(gm: GraphModule) -> list[Node]:
     """Inputs (b, t) that nobody looks up in a table."""
-    for node in gm.graph.find_nodes(op="placeholder"):
-        looked_up = any(opname(user) == "embedding" for user in node.users)
-        if _shaped_like_a_mask(node) and not looked_up:
-            yield node
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if _shaped_like_a_mask(n)]
+    return [node for node in inputs if not _looked_up(node)]
+
+
+def _looked_up(node: Node) -> bool:
+    return any(opname(user) == "embedding" for user in node.users)
 
 
 def _solved(gm: GraphModule, mask: Node) -> Solution:
@@ -69,7 +78,21 @@ def _solved(gm: GraphModule, mask: Node) -> Solution:
             for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
                 if expression(shape[d]) == expression(values(mask)[0].shape[size]):
                     solution.classes.join(axis, dims[d])
+    _join_ids(gm, solution, mask)
     return solution
+
+
+def _join_ids(gm: GraphModule, solution: Solution, mask: Node) -> None:
+    """The same of token ids, where all that have the mask's shape are of the same tokens."""
+    shape = [expression(size) for size in values(mask)[0].shape]
+    ids = [
+        node
+        for node in gm.graph.find_nodes(op="placeholder")
+        if _looked_up(node) and [expression(s) for s in values(node)[0].shape] == shape
+    ]
+    if len({solution.dims(node) for node in ids}) == 1:
+        for own, other in zip(solution.dims(mask), solution.dims(ids[0]), strict=True):
+            solution.classes.join(own, other)
 
 
 def _shaped_like_a_mask(node: Node) -> bool:
@@ -82,14 +105,17 @@ def _shaped_like_a_mask(node: Node) -> bool:
 
 def _refuse(gm: GraphModule) -> None:
     for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator) and node.target not in WHOLE:
             raise Unpackable(
                 "region", node, f"{node.target} has a body of its own, which is not packed yet"
             )
         if node.op == "call_function" and not all(map(_own_memory, writes(node))):
             raise Unpackable("writes", node, "it writes to memory in place")
+        if node.target is _enter_autocast and TorchVersion(torch.__version__) < "2.13":
+            reason = "autocast changes inside the graph, which this torch cannot trace again"
+            raise Unpackable("mode", node, reason, "torch 2.13 or later, or autocast outside")
         if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
-            raise Unpackable("mode", node, "autocast or a gradient mode changes inside the graph")
+            raise Unpackable("mode", node, "inference mode changes inside the graph")
 
 
 def _own_memory(node: Node) -> bool:
@@ -97,7 +123,4 @@ def _own_memory(node: Node) -> bool:
     return len(node.users) == 1 and (opname(node) in MADE or opname(node) in MADE_BESIDE)
 
 
-MODES = (
-    *("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled"),
-    *("_enter_inference_mode", "_exit_inference_mode"),
-)
+MODES = ("_enter_inference_mode", "_exit_inference_mode")

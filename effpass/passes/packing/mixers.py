@@ -47,11 +47,11 @@ def attention(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
         raise Unpackable("dropout", node, "dropout is active inside this attention")
     mask = given["attn_mask"] if is_tensor(given["attn_mask"]) else None
     window = seen(node, mask, bool(given["is_causal"]), rewriter.samples)
+    packed = [_heads_last(rewriter, node, given[name]) for name in ("query", "key", "value")]
     if window is None:
         rewriter.right = True  # causal alone: padding behind a token is never seen
     else:
         rewriter.proofs += 1
-    packed = [_heads_last(rewriter, node, given[name]) for name in ("query", "key", "value")]
     left, right = (-1, 0) if window is None else (window.left, window.right)
     causal = right == 0
     positions = rewriter.index["columns"] if left >= 0 or right > 0 else None
@@ -101,10 +101,6 @@ def scan(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
         raise Unpackable("packed", node, "it is packed already")
     first = given[op.tensor_names[0]]
     zero = rewriter.zeros.at_padding(first)
-    rewriter.contiguous = True
-    rewriter.proofs += zero
-    if not zero or given.get("initial_state") is not None:
-        rewriter.right = True  # padding in front would reach the state
     arguments_: dict[str, Any] = {}
     for name, value in given.items():
         if not is_tensor(value):
@@ -112,7 +108,11 @@ def scan(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
         elif op.axes.inputs.get(name, ())[:2] == ("b", "t"):
             arguments_[name] = _operand(rewriter, node, name, value)
         else:
-            arguments_[name] = rewriter.plain(value)
+            arguments_[name] = rewriter.whole(value)
+    rewriter.contiguous = True
+    rewriter.proofs += zero
+    if not zero or given.get("initial_state") is not None:
+        rewriter.right = True  # padding in front would reach the state
     arguments_["cu_seqlens"] = rewriter.index["cu_seqlens"]
     made = rewriter.graph.call_function(node.target, tuple(arguments_.values()))  # type: ignore[arg-type]
     rewriter.from_(node, made)

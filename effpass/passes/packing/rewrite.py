@@ -16,13 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from effpass.axes.labels import opname, single
-from effpass.axes.relation import Relation, arguments, is_tensor, values
+from effpass.axes.relation import arguments, is_tensor, values
 from effpass.graph.region import ancestors
+from effpass.passes.packing.dry_run import check_shapes
+from effpass.passes.packing.islands import Islands
+from effpass.passes.packing.losses import is_loss, packed_loss
 from effpass.passes.packing.mixers import handler
+from effpass.passes.packing.modes import ModedGraph, modes, switch_modes
+from effpass.passes.packing.moves import gather, put_back
+from effpass.passes.packing.operands import operands
 from effpass.passes.packing.places import Holds, Place, Places, Unpackable
 from effpass.passes.packing.readers import Readers
 from effpass.passes.packing.samples import Samples
@@ -44,13 +50,17 @@ class Rewriter:
         self.gm, self.places, self.samples = gm, places, samples
         self.zeros = Zeros(places, samples)
         self.readers = Readers(places, samples)
-        self.graph = Graph()
+        self.islands = Islands(places, samples)
+        self.graph = ModedGraph()
+        self.modes = modes(gm)
         self.contiguous = self.left = self.right = False  # what the padding must be like
         self.mixers = self.proofs = 0  # nodes that mix tokens; those that prove what the mask is
         self._plain: dict[Node, Node] = {}
         self._packed: dict[Node, Node] = {}
         self._outputs: dict[Node, tuple[Node, ...]] = {}
         self._heavy: dict[Node, bool] = {}
+        self._stuck: dict[Node, Unpackable] = {}  # why nodes have no packed form, though they might
+        self.proven: list[Node] = []  # values of islands that are right at real tokens
         for node in gm.graph.find_nodes(op="placeholder"):
             self._plain[node] = self.graph.placeholder(str(node.target))
             self._plain[node].meta["val"] = node.meta.get("val")
@@ -66,17 +76,73 @@ class Rewriter:
             if node in self.places.solution and self.heavy(node):
                 self.zeros.at_padding(node)
                 if self.place(node).holds is Holds.TOKENS and self._can_pack(node):
-                    self.packed(node)
+                    self._try(node)
+                elif handler(_output_of(node)[0]) is None:
+                    self.plain(node)
         output = self.gm.graph.output_node()
-        self.graph.output(map_arg(output.args[0], self.plain))
-        if self.left and self.right:
+        self.graph.output(map_arg(output.args[0], self._result))
+        length: Any = values(self.places.mask)[0].shape[1]
+        last = any(column in (-1, length - 1) for column in self.readers.columns)
+        if self.right and (self.left or last):
             reason = "final states need padding in front, and something else needs it at the end"
             raise Unpackable("states", output, reason, "prefill without a cache, or rows alone")
         made = GraphModule(self.gm, self.graph)
         self.graph.eliminate_dead_code()
+        switch_modes(self.graph)
         self.graph.lint()
         made.recompile()
+        check_shapes(made, self.places.mask)
         return made
+
+    def _try(self, node: Node) -> bool:
+        """Whether a node that may have a packed form does; remembers why not, changes nothing."""
+        source, _ = _output_of(node)
+        if source not in self._stuck and node not in self._packed:
+            try:
+                self.packed(node)
+            except Unpackable as reason:
+                self._stuck[source] = reason
+        return source not in self._stuck
+
+    def _result(self, node: Node) -> Node:
+        """An output of the graph."""
+        if node not in self.places.solution or not self.heavy(node):
+            return self.plain(node)
+        tokens = self.place(node).holds is Holds.TOKENS
+        plain = self.plain(node)
+        moved = node in self.readers.mixed or node in self.readers.picked
+        if not moved and not (tokens and self._selects(node) and node in self._packed):
+            return plain
+        if not tokens:
+            return self.whole(node)
+        with self.graph.within(self.modes[node]):
+            return self._put_back(node)
+
+    def whole(self, node: Node) -> Node:
+        """The plain value, which no padding has changed. Raises Unpackable where it may have."""
+        plain = self.plain(node)
+        if self.readers.tainted(node):
+            self._prove(node)
+        return plain
+
+    def _prove(self, node: Node) -> None:
+        """Raises Unpackable unless real tokens of an island's value are as they were."""
+        if node in self.proven:
+            return
+        tokens = self.place(node).holds is Holds.TOKENS
+        if node in self.readers.picked and not tokens:
+            self.readers.demand(node)
+            return
+        verdict = self.islands.verdict(node)
+        if verdict is None or not (verdict.right or verdict.left):
+            source, _ = _output_of(node)
+            reason = self._stuck.get(source) or self.readers.mixed.get(node)
+            raise reason or Unpackable("reads_padding", node, "it is made of padding tokens")
+        self.right |= not verdict.left
+        self.left |= not verdict.right
+        self.contiguous |= not verdict.scattered
+        self.proofs += verdict.masked
+        self.proven.append(node)
 
     @property
     def reached(self) -> int:
@@ -114,7 +180,8 @@ class Rewriter:
     def plain(self, node: Node) -> Node:
         """The value as it was; zero at padding where it had to be scattered back."""
         if node not in self._plain:
-            self._plain[node] = self._made_plain(node)
+            with self.graph.within(self.modes[node]):
+                self._plain[node] = self._made_plain(node)
         return self._plain[node]
 
     def _made_plain(self, node: Node) -> Node:
@@ -122,16 +189,26 @@ class Rewriter:
             return self._size(node)
         if not self.heavy(node) or node not in self.places.solution:
             return self._copy(node)
-        if self.place(node).holds is Holds.TOKENS and self._can_pack(node):
-            restored = self._restored(node)
-            if not self.zeros.at_padding(node):
+        source, output = _output_of(node)
+        tokens = self.place(node).holds is Holds.TOKENS
+        wanted = tokens and not self._selects(node) and not self._shares(node)
+        if wanted and self._can_pack(node) and self._try(node):
+            restored = self._put_back(node)
+            self.islands.shores.add(node)
+            if self.zeros.at_padding(node):
+                self.islands.zeros.add(node)
+            else:
                 self.readers.taint(node)
             return restored
-        source, output = _output_of(node)
-        if handler(source) is not None:
+        if is_loss(node):
+            try:
+                return packed_loss(self, node)
+            except Unpackable as reason:
+                self._stuck[node] = reason
+        if handler(source) is not None and not tokens and source not in self._stuck:
             self.left = True  # behind padding, the padded model's own state is another
             return self.outputs(source)[output]
-        self.readers.read(node, self.plain)
+        self.readers.read(node, self.plain, self._stuck.get(source))
         return self._copy(node)
 
     def _size(self, node: Node) -> Node:
@@ -148,7 +225,9 @@ class Rewriter:
         if node.op != "call_function":
             raise Unpackable("node", node, f"{node.op} {node.target} is no operation of a graph")
         args, kwargs = map_arg((node.args, node.kwargs), self.plain)
-        return self.from_(node, self.graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
+        # what was put back may lie otherwise in memory than what it stands for
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        return self.from_(node, self.graph.call_function(target, args, kwargs))
 
     def from_(self, node: Node, made: Node) -> Node:
         """Gives a new node the source of the node it stands for."""
@@ -157,35 +236,29 @@ class Rewriter:
                 made.meta[key] = node.meta[key]
         return made
 
-    def _restored(self, node: Node) -> Node:
-        place, packed = self.place(node), self.packed(node)
-        assert place.token is not None
-        if place.batch is not None and place.batch != place.token:
-            packed = self.call(aten.squeeze.dim, packed, place.batch)
-        token = place.token - (place.batch is not None and place.batch < place.token)
-        self._refuse_merged(node, place)
-        first = self.call(aten.movedim.int, packed, token, 0)
-        all_tokens = self.graph.call_function(operator.mul, (self.b, self.t))
-        size = self.graph.call_method("size", (first,))
-        rest = self.graph.call_function(operator.getitem, (size, slice(1, None)))
-        shape = self.graph.call_function(operator.add, ((all_tokens,), rest))
-        empty = self.graph.call_method("new_zeros", (first, shape))
-        filled = self.call(aten.index_copy.default, empty, 0, self.index["indices"], first)
-        if place.batch == place.token:
-            return self.call(aten.movedim.int, filled, 0, place.token)
-        shape = self.graph.call_function(operator.add, ((self.b, self.t), rest))
-        rows = self.graph.call_method("reshape", (filled, shape))
-        if place.batch is None:
-            row = self.call(aten.squeeze.dim, rows, 0)
-            return self.call(aten.movedim.int, row, 0, place.token)
-        return self.call(aten.movedim.intlist, rows, [0, 1], [place.batch, place.token])
+    def _put_back(self, node: Node) -> Node:
+        """The packed tokens where they were, zeros at padding."""
+        self._refuse_merged(node)
+        return put_back(self, node)
 
-    def _refuse_merged(self, node: Node, place: Place) -> None:
-        """Tokens are gathered and put back where their dims hold nothing else, rows first."""
+    def _selects(self, node: Node) -> bool:
+        """Whether the model itself chooses what padding holds, by a mask: no zeros, perhaps."""
+        given = node.args[0] if opname(node) == "where" else node.args[1:2]
+        given = given if isinstance(given, tuple) else (given,)
+        selects = opname(node) in ("where", "masked_fill")
+        return selects and all(is_tensor(n) and self.samples.light(n) for n in given)
+
+    def _shares(self, node: Node) -> bool:
+        """Whether rows or tokens share a dim with something else, or lie in it tokens first."""
+        place = self.place(node)
         dims, alone = self.places.solution.dims(node), (self.places.token, self.places.batch)
         if place.token is not None and place.token == place.batch:
             alone = (self.places.batch + self.places.token,)
-        if any(d is not None and dims[d] not in alone for d in (place.token, place.batch)):
+        return any(d is not None and dims[d] not in alone for d in (place.token, place.batch))
+
+    def _refuse_merged(self, node: Node) -> None:
+        """Tokens are gathered and put back where their dims hold nothing else, rows first."""
+        if self._shares(node):
             text = self.places.solution.text(node)
             raise Unpackable("merged", node, f"its tokens or rows share a dim with more: {text}")
 
@@ -194,7 +267,8 @@ class Rewriter:
     def packed(self, node: Node) -> Node:
         """The value of real tokens alone: its dims, with one row of all tokens."""
         if node not in self._packed:
-            self._packed[node] = self._made_packed(node)
+            with self.graph.within(self.modes[node]):
+                self._packed[node] = self._made_packed(node)
         return self._packed[node]
 
     def _made_packed(self, node: Node) -> Node:
@@ -203,32 +277,24 @@ class Rewriter:
         if self.place(node).holds is not Holds.TOKENS:
             raise Unpackable("rows", node, "it mixes the rows of the batch")
         source, output = _output_of(node)
-        return self.outputs(source)[output]
+        if source not in self._stuck and self._can_pack(node):
+            return self.outputs(source)[output]
+        return self._gathered(node)
 
     def _gathered(self, node: Node) -> Node:
         """The tokens of a plain value, in one row."""
-        place, plain = self.place(node), self.plain(node)
-        self._refuse_merged(node, place)
+        self.plain(node)
+        self._refuse_merged(node)
         if self.readers.tainted(node):
-            raise Unpackable("reads_padding", node, "it is made of padding tokens")
-        token, batch = place.token, place.batch
-        assert token is not None
-        if place.holds is Holds.POSITIONS or batch is None:
-            return self.call(aten.index_select.default, plain, token, self.index["columns"])
-        if batch == token:
-            return self.call(aten.index_select.default, plain, token, self.index["indices"])
-        front = self.call(aten.movedim.intlist, plain, [batch, token], [0, 1])
-        flat = self.call(aten.flatten.using_ints, front, 0, 1)
-        chosen = self.call(aten.index_select.default, flat, 0, self.index["indices"])
-        rows = self.call(aten.unsqueeze.default, chosen, 0)
-        return self.call(aten.movedim.intlist, rows, [0, 1], [batch, token])
+            self._prove(node)
+        return gather(self, node)
 
     def rows_as_tokens(self, node: Node, token: int) -> Node:
         """A value with one entry a row, as one with an entry a token in dim ``token``."""
         batch = self.place(node).batch
         assert batch is not None
-        self._refuse_merged(node, self.place(node))
-        chosen = self.call(aten.index_select.default, self.plain(node), batch, self.index["rows"])
+        self._refuse_merged(node)
+        chosen = self.call(aten.index_select.default, self.whole(node), batch, self.index["rows"])
         return self.call(aten.transpose.int, chosen, batch, token)
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -246,14 +312,16 @@ class Rewriter:
     def outputs(self, node: Node) -> tuple[Node, ...]:
         """Packed forms of all outputs of a node."""
         if node not in self._outputs:
-            self._outputs[node] = self._run(node)
+            with self.graph.within(self.modes[node]):
+                self._outputs[node] = self._run(node)
         return self._outputs[node]
 
     def _run(self, node: Node) -> tuple[Node, ...]:
         found = handler(node)
         if found is not None:
+            made = found(self, node)
             self.mixers += 1
-            return found(self, node)
+            return made
         if not self._can_pack(node):
             kinds = ", ".join(sorted(self.places.kinds(node)))
             name = opname(node) or str(node.target)
@@ -265,7 +333,7 @@ class Rewriter:
 
     def _free(self, node: Node) -> Node:
         relation = self.places.solution.relations[node]
-        operand = _operands(self, relation)
+        operand = operands(self, relation)
         name, given = opname(node), arguments(node)
         if name in CUTS and given["dim"] % values(given["self"])[0].dim() == self.place(node).token:
             if name != "slice":
@@ -305,31 +373,6 @@ class Rewriter:
             )
         target = aten.expand.default if name == "expand" else aten.reshape.default
         return self.call(target, operand(given["self"]), shape)
-
-
-def _operands(rewriter: Rewriter, relation: Relation) -> Callable[[Node], Node]:
-    """How a free node reads its operands."""
-    places, node = rewriter.places, relation.node
-    out = places.of(node)
-
-    def operand(source: Node) -> Node:
-        if not is_tensor(source):
-            return rewriter.plain(source)
-        holds = places.of(source).holds
-        if holds in (Holds.TOKENS, Holds.POSITIONS):
-            return rewriter.packed(source)
-        if holds is Holds.NEITHER:
-            return rewriter.plain(source)
-        if holds is Holds.SQUARE:
-            raise Unpackable("pairs", node, "it reads a value of every pair of tokens")
-        shape, rank = values(source)[0].shape, values(node)[0].dim()
-        at = -1 if out.token is None else out.token - (rank - len(shape))
-        pointwise = torch.Tag.pointwise in node.target.tags or opname(node) == "expand"  # type: ignore[union-attr]
-        if not pointwise or out.batch == out.token or at < 0 or not single(shape[at]):
-            raise Unpackable("rows", node, "it reads a value of every row, not element by element")
-        return rewriter.rows_as_tokens(source, at)
-
-    return operand
 
 
 def _output_of(node: Node) -> tuple[Node, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx import Node
 
+from effpass.axes.labels import expression
 from effpass.axes.relation import values
 from effpass.graph.region import ancestors, evaluate
 from effpass.graph.writes import writes
@@ -24,8 +25,8 @@ class Samples:
     on no weight: the code of masks and of positions.
     """
 
-    def __init__(self, mask: Node) -> None:
-        self.mask = mask
+    def __init__(self, mask: Node, inverted: bool = False) -> None:
+        self.mask, self.inverted = mask, inverted
         self._light: dict[Node, bool] = {}
         self._values: dict[tuple[Node, int], Any] = {}
         self.masks = list(self._drawn())
@@ -64,29 +65,30 @@ class Samples:
 
     def _evaluated(self, node: Node, mask: Tensor) -> Any:
         found = ancestors([node])
-        given = {n: self._given(n, mask) for n in found if n.op == "placeholder"}
+        given = {n: self.given(n, mask) for n in found if n.op == "placeholder"}
         inside = sorted(found - set(given))
         with torch.no_grad():
             return evaluate(inside, [node], given)[0] if inside else given[node]
 
-    def _given(self, node: Node, mask: Tensor) -> Any:
+    def given(self, node: Node, mask: Tensor) -> Any:
+        """A value for one input of the graph, when ``mask`` (1: a real token) is the padding."""
         value = node.meta["val"]
         if node is self.mask:
-            return mask.to(value.dtype)
-        own = self._own(mask)
+            return (1 - mask if self.inverted else mask).to(value.dtype)
+        own = self.own(mask)
         if not isinstance(value, Tensor):
-            return _size(value, own)
-        shape = [_size(size, own) for size in value.shape]
+            return size_of(value, own)
+        shape = [size_of(size, own) for size in value.shape]
         generator = torch.Generator().manual_seed(mask.numel())
         return torch.randint(0, 2, shape, generator=generator).to(value.dtype)
 
-    def _own(self, mask: Tensor) -> dict[str, int]:
+    def own(self, mask: Tensor) -> dict[str, int]:
         """Sizes by the symbols that the graph has for them."""
         return dict(zip(map(str, values(self.mask)[0].shape), mask.shape, strict=True))
 
     def _drawn(self) -> Iterator[Tensor]:
         shape = values(self.mask)[0].shape
-        rows, tokens = (_size(size, {}) for size in shape)
+        rows, tokens = (size_of(size, {}) for size in shape)
         generator = torch.Generator().manual_seed(0)
         yield from _masks(rows, tokens, generator)
         if isinstance(shape[1], SymInt):
@@ -109,9 +111,12 @@ def _masks(rows: int, tokens: int, generator: torch.Generator) -> Iterator[Tenso
     yield scattered
 
 
-def _size(size: Any, own: dict[str, int]) -> int:
+def size_of(size: Any, own: dict[str, int]) -> int:
+    """A size as a number: by the symbols that are known, or as it was captured."""
     if isinstance(size, int):
         return size
-    if str(size) in own:
-        return own[str(size)]
+    made = expression(size)
+    known = made.subs({s: own[str(s)] for s in made.free_symbols if str(s) in own})
+    if known.is_Integer:
+        return int(known)
     return int(size.node.hint) if isinstance(size, SymInt) else int(size)
