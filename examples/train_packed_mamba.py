@@ -1,9 +1,9 @@
 """Trains a small Mamba-2 on the bytes of two plays, in rows without padding.
 
-    python examples/train_packed_mamba.py                                   # a few minutes
-    python examples/train_packed_mamba.py --modes packed padded single      # compares three layouts
-    python examples/train_packed_mamba.py --resume                          # goes on where it stopped
-    torchrun --nproc-per-node 2 examples/train_packed_mamba.py              # DDP; --engine fsdp: FSDP2
+    python examples/train_packed_mamba.py                               # a few minutes
+    python examples/train_packed_mamba.py --modes packed padded single  # compares three layouts
+    python examples/train_packed_mamba.py --resume                      # goes on where it stopped
+    torchrun --nproc-per-node 2 examples/train_packed_mamba.py          # DDP; FSDP2: --engine fsdp
 
 Passages of 40 to 2048 bytes are packed into rows of ``--max-tokens``; every layout learns from the
 same sequences in the same steps, so their losses are the same and only the time differs. Ranks get
@@ -46,7 +46,7 @@ SETTINGS = ("hidden", "layers", "states", "max_tokens", "longest", "lr", "warmup
 class ByteModel(nn.Module):
     """transformers' Mamba-2 and a head that predicts the next byte: logits (b, t, 256).
 
-    ``Mamba2ForCausalLM`` keeps the boundaries of a packed row to itself; the backbone passes them on.
+    transformers' own head does not pass the boundaries of a packed row on to its layers.
     """
 
     def __init__(self, hidden: int, layers: int, states: int) -> None:
@@ -175,7 +175,7 @@ def learn(run: Run, row: Row, rate: float) -> None:
 
 
 def rate_at(step: int, args: argparse.Namespace) -> float:
-    """The learning rate of a step, from 1 on: up to ``lr`` in ``warmup`` steps, then as its root."""
+    """The learning rate of a step, from 1 on: rising for ``warmup`` steps, then as 1 / root."""
     return args.lr * min(step / args.warmup, math.sqrt(args.warmup / step))
 
 

@@ -11,11 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot  # noqa: E402  (the way of drawing is chosen first)
+from matplotlib import pyplot
 
 
 def draw(runs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draws ``losses`` (bits a byte) of each run over its steps and its ``seconds``, to ``path``."""
+    """Draws ``losses`` (bits a byte) of each run over its steps and ``seconds``, to ``path``."""
     figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(9, 3.5), sharey=True)
     for name, run in runs.items():
         smooth = smoothed(run["losses"])

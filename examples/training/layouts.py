@@ -1,7 +1,7 @@
 """The sequences of one packed row laid out three ways: the same tokens, the same loss.
 
-``packed`` keeps the row, ``padded`` makes a batch padded to the longest, ``single`` makes a batch of
-each sequence. What a training step learns from is the same; what it computes is not.
+``packed`` keeps the row, ``padded`` makes a batch padded to the longest, ``single`` a batch of each
+sequence. What a training step learns from is the same; what it computes is not.
 """
 
 from __future__ import annotations
