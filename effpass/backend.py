@@ -7,6 +7,7 @@ Dynamo's form; its ops are lowered all the same.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -28,7 +29,7 @@ from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
-from effpass.passes.pack_varlen import Forms
+from effpass.passes import packed_rows
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -60,6 +61,7 @@ def compile_graph(
     stages = Stages(report.name)
     stages.graph("dynamo", gm)
     graph = _captured(gm, inputs, report)
+    marks = packed_rows.take(graph, [str(n.target) for n in gm.graph.find_nodes(op="placeholder")])
     stages.graph("captured", graph)
     report.nodes_before = len(graph.graph.nodes)
     before = reference_form(graph) if config.verify else None
@@ -73,22 +75,40 @@ def compile_graph(
         report.applied += clean(graph)
         stages.graph("raised", graph)
     report.misses += _unraised(graph, report)
-    packed = _packed(graph, inputs, config, report)
-    if packed is not None:
-        report.declined += _declined_functions(graph)
-        report.seconds = time.perf_counter() - started
-        (keep or _publish(gm, inputs))(report)
-        return packed
-    report.chosen += lower(graph, config.targets)
-    stages.graph("lowered", graph)
     report.declined += _declined_functions(graph)
 
-    if before is not None:
-        graph = _verified(before, graph, inputs, config, report)
-    report.nodes_after = len(graph.graph.nodes)
+    def finish() -> Callable[..., Any]:
+        run = _packed(graph, inputs, config, report)
+        return run or _lowered(graph, before, inputs, config, report, stages)
+
+    rows = packed_rows.find_rows(graph, marks, _forms(config, report), finish)
+    if rows is not None and rows.what is not None:
+        report.applied.append(rows.what)
+        report.forms = rows.counts
+        report.nodes_after = len(graph.graph.nodes)
+    run = rows or finish()
     report.seconds = time.perf_counter() - started
     stages.report(report)
     (keep or _publish(gm, inputs))(report)
+    return run
+
+
+def _lowered(
+    graph: GraphModule,
+    before: GraphModule | None,
+    inputs: Sequence[Any],
+    config: Config,
+    report: GraphReport,
+    stages: Stages,
+) -> Callable[..., Any]:
+    """The one graph of most models: an implementation for every op, verified and compiled."""
+    report.chosen += lower(graph, config.targets)
+    stages.graph("lowered", graph)
+    if before is not None:
+        compare = functools.partial(verify, before, graph, inputs)
+        if not _agree("clean and lower", compare, "the captured graph", config, report):
+            graph = before
+    report.nodes_after = len(graph.graph.nodes)
     return _compile(graph, inputs, config)
 
 
@@ -135,28 +155,27 @@ def _unraised(graph: GraphModule, report: GraphReport) -> list[Miss]:
     ]
 
 
-def _verified(
-    before: GraphModule,
-    after: GraphModule,
-    inputs: Sequence[Any],
+def _agree(
+    what: str,
+    compare: Callable[[], str],
+    otherwise: str,
     config: Config,
     report: GraphReport,
-) -> GraphModule:
+) -> bool:
+    """Whether a rewritten graph computes what it did, by ``compare``; else ``otherwise`` runs."""
     try:
-        report.verified = verify(before, after, inputs)
-        return after
+        report.verified = compare()
     except VerificationError as error:
         if config.strict:
             raise
-        report.verified = f"failed: {error}; the captured graph runs"
-        warnings.warn(f"effpass: verification failed in clean and lower: {error}", stacklevel=2)
-    return before
+        report.verified = f"failed: {error}; {otherwise} runs"
+        warnings.warn(f"effpass: verification failed in {what}: {error}", stacklevel=2)
+        return False
+    return True
 
 
-def _packed(
-    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
-) -> Callable[..., Any] | None:
-    """The graph with and without padding as one callable, where that was asked for and can be."""
+def _forms(config: Config, report: GraphReport) -> Callable[[str], Callable[..., Any]]:
+    """Compiles forms of one graph when they first run; the report tells ops of the packed one."""
     chosen: dict[str, list[Chosen]] = {}
 
     def compile(form: str) -> Callable[..., Any]:
@@ -164,35 +183,33 @@ def _packed(
             made = capture(gm, given)
             clean(made)
             chosen[form] = lower(made, config.targets)
-            report.chosen = chosen.get("packed") or chosen[form]
+            packed = [each for name, each in chosen.items() if name != "plain"]
+            report.chosen = packed[0] if packed else chosen[form]
             return _compile(made, given, config)
 
         return finish
 
+    return compile
+
+
+def _packed(
+    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> Callable[..., Any] | None:
+    """The graph with and without padding as one callable, where that was asked for and can be."""
     for each in config.passes:
-        found = each.apply(graph, compile)
+        found = each.apply(graph, _forms(config, report))
         if isinstance(found, Declined):
             report.declined.append(found)
             continue
-        if config.verify and not _agree(found, inputs, config, report):
-            continue
+        if config.verify:
+            compare = functools.partial(found.verify, inputs)
+            if not _agree(each.name, compare, "the graph with its padding", config, report):
+                continue
         report.applied.append(found.what)
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
         return found.run
     return None
-
-
-def _agree(forms: Forms, inputs: Sequence[Any], config: Config, report: GraphReport) -> bool:
-    try:
-        report.verified = forms.verify(inputs)
-    except VerificationError as error:
-        if config.strict:
-            raise
-        report.verified = f"failed: {error}; the graph runs with its padding"
-        warnings.warn(f"effpass: verification failed in pack_varlen: {error}", stacklevel=2)
-        return False
-    return True
 
 
 def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:

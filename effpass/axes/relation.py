@@ -7,6 +7,7 @@ axis says what the op does along it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -161,11 +162,16 @@ def is_tensor(value: object) -> TypeGuard[Node]:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a call by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    found = {a.name: a.default_value for a in schema if a.has_default_value()}
-    found |= {a.name: v for a, v in zip(schema, node.args, strict=False)}
-    return found | dict(node.kwargs)
+    """All arguments of a call by name, defaults filled in; none for what has no schema."""
+    if not hasattr(node.target, "_schema"):
+        return {}
+    names = _defaults(node.target)
+    return dict(names) | node.kwargs | dict(zip((n for n, _ in names), node.args, strict=False))
+
+
+@functools.lru_cache(maxsize=1024)
+def _defaults(target: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((a.name, a.default_value) for a in target._schema.arguments)
 
 
 def _boundary(node: Node, made: list[Tensor]) -> Relation | None:

@@ -40,7 +40,6 @@ def mamba_selective_scan(original: Function) -> Function:
         use_associative_scan: bool = False,
         **kwargs: Any,
     ) -> Any:
-        _refuse_packed("mamba_selective_scan", kwargs)
         bias, softplus = delta_bias, delta_softplus
         y, state = calls.scan_tokens_last(hidden_states, dt, A, B, C, D, z, bias, softplus)
         out = y.to(_scan_dtype(hidden_states, D, z))
@@ -65,7 +64,6 @@ def mamba_selective_state_update(original: Function) -> Function:
         z: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        _refuse_packed("mamba_selective_state_update", kwargs)
         return calls.scan_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
     return adapter
@@ -89,7 +87,6 @@ def mamba2_chunk_scan(original: Function) -> Function:
         return_final_states: bool = False,
         **kwargs: Any,
     ) -> Any:
-        _refuse_packed("mamba2_chunk_scan", kwargs)
         x, bias, start = hidden_states, dt_bias, initial_states
         low, high = calls.limits(dt_limit)
         y, state = torch.ops.effpass.ssd_scan.default(
@@ -118,7 +115,6 @@ def mamba2_selective_state_update(original: Function) -> Function:
         z: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        _refuse_packed("mamba2_selective_state_update", kwargs)
         if not calls.tied(dt, A, D, dt_bias):
             return original(state, hidden_states, dt, A, B, C, D, dt_bias, dt_softplus, z)
         return calls.ssd_step(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -136,7 +132,6 @@ def causal_conv1d_fn(original: Function) -> Function:
         activation: str | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        _refuse_packed("causal_conv1d_fn", kwargs)
         if not calls.is_silu(activation):
             return original(hidden_states, weight, bias, activation)
         return calls.convolve(hidden_states, weight, bias, activation, None)[0]
@@ -162,13 +157,13 @@ def causal_conv1d_update(original: Function) -> Function:
     return adapter
 
 
-def _refuse_packed(name: str, kwargs: dict[str, Any]) -> None:
-    for packed in ("seq_idx", "cu_seqlens"):
-        if kwargs.get(packed) is not None:
-            raise ValueError(
-                f"`{name}` got `{packed}`, but the function it stands for cannot keep packed "
-                f"sequences apart; expected {packed}=None. Pad the sequences instead."
-            )
+def mamba2_split_conv1d_scan_combined(original: Function) -> Function:
+    """Mamba-2's layer in one kernel: without one it answers None, and the layer goes on."""
+
+    def adapter(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)
+
+    return adapter
 
 
 def _scan_dtype(x: Tensor, D: Tensor | None, z: Tensor | None) -> torch.dtype:

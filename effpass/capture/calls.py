@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-import effpass.ops  # noqa: F401  (registers the ops called below)
+import effpass.ops
+import effpass.ops.packed_row  # noqa: F401
 
 
 def is_silu(activation: str | None) -> bool:

@@ -142,3 +142,10 @@ def method_scan(make: Make) -> list[Arguments]:
         | {"B": make(B, t, N), "C": make(B, t, N), "D": make(D)}
         for t in (1, 5, 9)
     ]
+
+
+def no_kernel(make: Make) -> list[Arguments]:
+    """A kernel for a whole layer that is not installed answers None, whatever it is given."""
+    weights = {"conv1d_weight": make(D, W), "conv1d_bias": None, "dt_bias": make(H)}
+    rest = {"A": _decay(make(H)), "D": make(H), "chunk_size": 4}
+    return [{"zxbcdt": make(B, 5, D)} | weights | rest]

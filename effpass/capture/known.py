@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch._dynamo.callback import callback_handler
 
-from effpass.capture import imports, unraised
+from effpass.capture import caller, imports, unraised
 from effpass.capture.proof import prove
 from effpass.capture.table import TABLE, Row
 from effpass.ops import OPS
@@ -226,6 +226,8 @@ def _names(code: Any) -> set[str]:
 def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | None:
     original = _traceable(function)
     adapter = _on_cpu(row.adapter(original), original)
+    if row.within == "transformers":
+        adapter = caller.marked(adapter)
     try:
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(adapter)
     except ValueError as error:

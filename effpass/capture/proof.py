@@ -125,6 +125,8 @@ def _pairs(
 
 
 def _differ(expected: Any, actual: Any, limit: float) -> str | None:
+    if expected is None and actual is None:
+        return None
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return f"is a {type(expected).__name__}, the op's a {type(actual).__name__}"
     if expected.shape != actual.shape or expected.dtype != actual.dtype:

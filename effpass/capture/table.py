@@ -76,6 +76,17 @@ TRANSFORMERS = (
         within="transformers",
     ),
     Row(
+        "mamba2_split_conv1d_scan_combined",
+        "zxbcdt conv1d_weight conv1d_bias dt_bias A D chunk_size initial_states dt_limit "
+        "return_final_states activation rmsnorm_weight rmsnorm_eps outproj_weight outproj_bias "
+        "headdim ngroups norm_before_gate",
+        "ssd_scan",
+        adapters.mamba2_split_conv1d_scan_combined,
+        cases.no_kernel,
+        companion="mamba2_chunk_scan",
+        within="transformers",
+    ),
+    Row(
         "mamba2_selective_state_update",
         "state hidden_states dt A B C D dt_bias dt_softplus z",
         "ssd_scan",

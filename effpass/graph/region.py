@@ -7,7 +7,7 @@ pure, and lies in one grad mode and under one autocast.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,18 @@ def evaluate(
             if last[source] is node and source not in keep:
                 env.pop(source, None)
     return [env[node] for node in outputs]
+
+
+def ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """These nodes, and all that they are made of."""
+    found: set[Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
 
 
 def constant(node: Node, limit: int = 1 << 24) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import expression
 from effpass.axes.relation import arguments
+from effpass.graph.region import ancestors
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
 from effpass.passes.packing.places import Holds, Unpackable
@@ -106,8 +107,8 @@ class PackVarlen:
         run = Packed(
             list(inputs).index(rewriter.places.mask),
             needs(rewriter),
-            _compiled(gm, compile("plain")),
-            _compiled(packed, compile("packed")),
+            compiled(gm, compile("plain")),
+            compiled(packed, compile("packed")),
             {"plain": 0, "packed": 0},
         )
         what = f"tokens of {rewriter.places.mask.target}"
@@ -137,13 +138,7 @@ def needs(rewriter: Rewriter) -> Needs:
 
 def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
     """The graph's own code for rows and positions that are read."""
-    wanted: set[Node] = set()
-    pending = [node for pair in pairs for node in pair]
-    while pending:
-        node = pending.pop()
-        if node not in wanted:
-            wanted.add(node)
-            pending += node.all_input_nodes
+    wanted = ancestors(node for pair in pairs for node in pair)
     graph, env = Graph(), dict[Node, Node]()
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in wanted:
@@ -152,7 +147,7 @@ def _picks(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> GraphModule:
     return GraphModule(gm, graph)
 
 
-def _compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
+def compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
     """A graph as a function that is compiled when it is first called, once for all sizes.
 
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 import effpass.patterns.taps.shift_moves  # noqa: F401  registers its rules
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
 from effpass.graph.region import constant
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.taps.shift_follow import Follower, arguments, opname, sizes_behind
+from effpass.patterns.taps.shift_follow import Follower, sizes_behind
 from effpass.patterns.taps.shift_sums import geometry
 from effpass.patterns.taps.shifted import ONE, Value
 from effpass.patterns.taps.tap_build import TIME, Plan

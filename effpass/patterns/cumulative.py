@@ -17,6 +17,8 @@ from dataclasses import replace
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
 from effpass.patterns.products.algebra import RULES, Dims, Label, fresh, resolved, shape
 from effpass.patterns.products.cumulative_build import Match, call
 from effpass.patterns.products.monomials import (
@@ -29,7 +31,6 @@ from effpass.patterns.products.monomials import (
     rooted,
 )
 from effpass.patterns.proposal import Idiom, Missed, Proposal
-from effpass.patterns.taps.shift_follow import arguments, opname
 
 SUMS = ("cumsum", "logcumsumexp")
 STEPS = ("mul", "div", "add", "sub", "exp", "to", "_to_copy")

@@ -12,6 +12,7 @@ from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.axes.rules.views import MADE, MADE_BESIDE
 from effpass.axes.solve import Solution, solve
+from effpass.graph.region import ancestors
 from effpass.graph.writes import writes
 from effpass.passes.packing.mixers import attentions
 from effpass.passes.packing.places import Places, Unpackable
@@ -45,10 +46,11 @@ def packed_form(gm: GraphModule) -> tuple[Rewriter, GraphModule]:
 
 
 def _candidates(gm: GraphModule) -> Iterator[Node]:
-    """Inputs (b, t), those first that nobody looks up in a table."""
-    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if _shaped_like_a_mask(n)]
-    tables = [n for n in inputs if any("embedding" in str(user.target) for user in n.users)]
-    yield from (n for n in inputs if n not in tables)
+    """Inputs (b, t) that nobody looks up in a table."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        looked_up = any(opname(user) == "embedding" for user in node.users)
+        if _shaped_like_a_mask(node) and not looked_up:
+            yield node
 
 
 def _solved(gm: GraphModule, mask: Node) -> Solution:
@@ -61,7 +63,7 @@ def _solved(gm: GraphModule, mask: Node) -> Solution:
     b, t = solution.dims(mask)
     for node in attentions(gm):
         given = arguments(node)
-        if is_tensor(given["attn_mask"]) and _reaches(mask, given["attn_mask"]):
+        if is_tensor(given["attn_mask"]) and mask in ancestors([given["attn_mask"]]):
             source = given["key"]
             dims, shape = solution.dims(source), values(source)[0].shape
             for axis, d, size in ((b, 0, 0), (t, len(dims) - 2, 1)):
@@ -70,25 +72,12 @@ def _solved(gm: GraphModule, mask: Node) -> Solution:
     return solution
 
 
-def _reaches(source: Node, target: Node) -> bool:
-    pending, found = [target], set()
-    while pending:
-        node = pending.pop()
-        if node is source:
-            return True
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
-    return False
-
-
 def _shaped_like_a_mask(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 2 or not node.users:
         return False
-    if node.meta.get("effpass_parameter") or value.requires_grad or single(value.shape[1]):
-        return False
-    return bool(values(node))
+    given = node.meta.get("effpass_parameter") or value.requires_grad
+    return not given and not single(value.shape[1])
 
 
 def _refuse(gm: GraphModule) -> None:

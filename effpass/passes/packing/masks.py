@@ -48,15 +48,15 @@ def seen(attention: Node, mask: Node | None, causal: bool, samples: Samples) -> 
         )
     found: Seen | None = None
     for i, padding in enumerate(samples.masks):
-        allowed = _allowed(attention, _value(attention, mask, i, samples), padding)
+        allowed = who_sees(attention, _value(attention, mask, i, samples), padding)
         if causal:
             allowed = allowed & torch.ones(allowed.shape[-2:], dtype=torch.bool).tril()
         real = padding.bool()
         if bool(real.all()):
-            window = _window(attention, allowed)
+            window = window_of(attention, allowed)
             found = window if found is None else _joined(attention, found, window, padding)
         assert found is not None  # the first sample of every length has no padding
-        wanted = _inside(found, padding.shape[1])[None, None] & real[:, None, None, :]
+        wanted = within(found, padding.shape[1])[None, None] & real[:, None, None, :]
         if bool(((allowed != wanted) & real[:, None, :, None]).any()):
             raise Unpackable(
                 "other_mask",
@@ -74,7 +74,7 @@ def _value(attention: Node, mask: Node, sample: int, samples: Samples) -> Tensor
         raise Unpackable("other_mask", attention, reason) from error
 
 
-def _allowed(attention: Node, value: Tensor, padding: Tensor) -> Tensor:
+def who_sees(attention: Node, value: Tensor, padding: Tensor) -> Tensor:
     """(b, h, t, t): who sees whom."""
     rows, tokens = padding.shape
     if value.dtype != torch.bool:
@@ -92,7 +92,7 @@ def _allowed(attention: Node, value: Tensor, padding: Tensor) -> Tensor:
     return value.expand(rows, value.shape[1], tokens, tokens)
 
 
-def _window(attention: Node, allowed: Tensor) -> Seen:
+def window_of(attention: Node, allowed: Tensor) -> Seen:
     """The window of a mask without padding."""
     tokens = allowed.shape[-1]
     pattern = allowed[0, 0]
@@ -101,7 +101,7 @@ def _window(attention: Node, allowed: Tensor) -> Seen:
         raise Unpackable("other_mask", attention, "its mask closes everything")
     left, right = int((queries - keys).max()), int((keys - queries).max())
     found = Seen(*(-1 if reach >= tokens - 1 else reach for reach in (left, right)))
-    if min(left, right) < 0 or not bool((allowed == _inside(found, tokens)).all()):
+    if min(left, right) < 0 or not bool((allowed == within(found, tokens)).all()):
         raise Unpackable("other_mask", attention, "its mask is no window, even without padding")
     return found
 
@@ -116,7 +116,7 @@ def _joined(attention: Node, short: Seen, long: Seen, padding: Tensor) -> Seen:
     return long
 
 
-def _inside(window: Seen, tokens: int) -> Tensor:
+def within(window: Seen, tokens: int) -> Tensor:
     """(t, t): which keys are inside the window of each query."""
     ahead = torch.arange(tokens) - torch.arange(tokens)[:, None]
     inside = torch.ones(tokens, tokens, dtype=torch.bool)

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import Relation, arguments, is_tensor, values
+from effpass.graph.region import ancestors
 from effpass.passes.packing.mixers import handler
 from effpass.passes.packing.places import Holds, Place, Places, Unpackable
 from effpass.passes.packing.readers import Readers
@@ -98,17 +99,11 @@ class Rewriter:
         )
 
     def _reads_tokens(self, node: Node) -> bool:
-        pending, found = [node], set()
-        while pending:
-            each = pending.pop()
-            if each in found:
-                continue
-            found.add(each)
-            if each.op == "placeholder" and each in self.places.solution:
-                if self.place(each).holds is Holds.TOKENS:
-                    return True
-            pending += each.all_input_nodes
-        return False
+        return any(
+            self.place(each).holds is Holds.TOKENS
+            for each in ancestors([node])
+            if each.op == "placeholder" and each in self.places.solution
+        )
 
     def place(self, node: Node) -> Place:
         """Where a tensor holds batch and tokens."""

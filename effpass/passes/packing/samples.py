@@ -10,7 +10,7 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from effpass.axes.relation import values
-from effpass.graph.region import evaluate
+from effpass.graph.region import ancestors, evaluate
 from effpass.graph.writes import writes
 
 LARGEST = 1 << 24  # elements of one mask that is looked at
@@ -63,13 +63,7 @@ class Samples:
         return self._values[node, sample]
 
     def _evaluated(self, node: Node, mask: Tensor) -> Any:
-        found: set[Node] = set()
-        pending = [node]
-        while pending:
-            each = pending.pop()
-            if each not in found:
-                found.add(each)
-                pending += each.all_input_nodes
+        found = ancestors([node])
         given = {n: self._given(n, mask) for n in found if n.op == "placeholder"}
         inside = sorted(found - set(given))
         with torch.no_grad():

@@ -8,7 +8,6 @@ What it can read is analytic in every tensor: masks are constants, nothing compa
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from effpass.axes import labels
+from effpass.axes.relation import arguments
 from effpass.patterns.chunks import factors
 from effpass.patterns.chunks.factors import Classes, Dims, Factor, Key, Unreadable
 
@@ -127,26 +128,8 @@ Rule = Callable[[Reader, Node, dict[str, Any]], Value]
 
 
 def opname(node: Node) -> str:
-    """The name of a node's ATen operation without its overload; empty for anything else."""
-    if node.target is operator.getitem:
-        return "getitem"
-    if node.op != "call_function" or getattr(node.target, "namespace", "") != "aten":
-        return ""
-    return node.target._opname  # type: ignore[union-attr]
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a node by name, defaults filled in."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    names = _defaults(node.target)
-    return dict(names) | node.kwargs | dict(zip((n for n, _ in names), node.args, strict=False))
-
-
-@functools.lru_cache(maxsize=1024)
-def _defaults(target: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple((a.name, a.default_value) for a in target._schema.arguments)
+    """``labels.opname``, and "getitem"."""
+    return "getitem" if node.target is operator.getitem else labels.opname(node)
 
 
 def sizes(node: Node) -> list[int]:

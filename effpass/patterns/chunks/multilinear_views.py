@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from effpass.axes.relation import arguments
 from effpass.patterns.chunks import factors
 from effpass.patterns.chunks.factors import Dim, Dims, Factor, Unreadable
-from effpass.patterns.chunks.multilinear import Reader, Rule, Value, added, arguments, opname, sizes
+from effpass.patterns.chunks.multilinear import Reader, Rule, Value, added, opname, sizes
 
 KEEPS = ("clone", "contiguous", "alias", "to", "_to_copy", "type_as", "dropout")
 PERMUTES = (

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
 from effpass.patterns.products.algebra import RULES, VIEWS, Dims, Label, Product, resolved, shape
 from effpass.patterns.products.ramps import counted, is_ramp
-from effpass.patterns.taps.shift_follow import arguments, is_zero, opname, written
+from effpass.patterns.taps.shift_follow import is_zero, written
 
 aten = torch.ops.aten
 DEEPEST = 12

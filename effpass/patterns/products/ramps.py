@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.taps.shift_follow import arguments, opname
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
 
 aten = torch.ops.aten
 RAMPS = (aten.arange.default, aten.arange.start, aten.arange.start_step)

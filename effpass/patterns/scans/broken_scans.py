@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.relation import arguments
 from effpass.patterns.proposal import Missed
 from effpass.patterns.scans.combines import Leaves, combines, followed, known, readings, widest
-from effpass.patterns.scans.interval_rules import Sight, arguments
+from effpass.patterns.scans.interval_rules import Sight
 from effpass.patterns.scans.intervals import (
     ONE,
     PRODUCT,

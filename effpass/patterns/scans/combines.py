@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from effpass.patterns.scans.interval_rules import ORDERED, SAME, SHAPED, Sight, arguments, created
+from effpass.axes.relation import arguments
+from effpass.patterns.scans.interval_rules import ORDERED, SAME, SHAPED, Sight, created
 from effpass.patterns.scans.intervals import (
     BITS,
     SUM,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.relation import arguments
 from effpass.graph.region import constant as constant_value
 from effpass.patterns.scans.intervals import (
     FREE,
@@ -120,15 +121,6 @@ class Sight:
         for symbol in sorted(expression.free_symbols, key=str):
             self.symbols.setdefault(symbol, next(self.primes))
         return int(expression.subs(self.symbols))
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a node by name, defaults filled in."""
-    found = {}
-    for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given = node.kwargs.get(argument.name, argument.default_value)
-        found[argument.name] = node.args[i] if i < len(node.args) else given
-    return found
 
 
 def created(node: Node) -> int | None:

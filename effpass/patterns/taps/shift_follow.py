@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
 from effpass.graph.region import CarveError, carve, constant
 from effpass.graph.writes import writes
 from effpass.patterns.taps.shifted import (
@@ -150,19 +152,6 @@ def sizes_behind(node: Node) -> list[Node]:
             seen.add(each)
             pending += each.all_input_nodes
     return list(found)
-
-
-def arguments(node: Node) -> dict[str, Any]:
-    """All arguments of a node by name, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    found |= {a.name: v for a, v in zip(schema.arguments, node.args, strict=False)}
-    return found | dict(node.kwargs)
-
-
-def opname(node: Node) -> str:
-    """``slice`` of ``aten.slice.Tensor``; empty where there is none."""
-    return getattr(node.target, "_opname", "")
 
 
 def is_zero(node: Node) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.taps.shift_follow import Follower, arguments, permutation, rule
+from effpass.axes.relation import arguments
+from effpass.patterns.taps.shift_follow import Follower, permutation, rule
 from effpass.patterns.taps.shifted import ZERO, Lost, Pick, Term, Value, joined
 
 aten = torch.ops.aten

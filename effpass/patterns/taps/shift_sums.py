@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.taps.shift_follow import Follower, arguments, is_zero, rule
+from effpass.axes.relation import arguments
+from effpass.patterns.taps.shift_follow import Follower, is_zero, rule
 from effpass.patterns.taps.shift_moves import padded
 from effpass.patterns.taps.shifted import (
     Coefficient,

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from effpass.patterns.taps.shift_follow import arguments, is_zero, opname, permutation
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
+from effpass.patterns.taps.shift_follow import is_zero, permutation
 from effpass.patterns.taps.taps import Leaf
 
 FARTHEST = 24

@@ -1,0 +1,78 @@
+"""Boundaries of packed rows that a model was given and did not hand down to its layers.
+
+Dynamo inlines a whole model into the function that it compiles. A layer's function, when traced,
+can so be told what that outermost function was called with, whether or not the code in between
+passes it on: ``MambaForCausalLM`` takes ``seq_idx`` and drops it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dynamo.comptime import comptime
+from torch._dynamo.variables import ConstDictVariable, TensorVariable
+from torch._dynamo.variables.lazy import LazyVariableTracker
+
+NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx", "position_ids")
+
+
+def marked(function: Any) -> Any:
+    """``function`` on a first argument that is marked as a packed row, where boundaries are given.
+
+    They are given to the function itself (transformers hands down ``kwargs``), or to the model.
+    """
+
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        offsets = kwargs.get("cu_seqlens")
+        if offsets is None:
+            offsets = kwargs.get("cu_seq_lens_q")
+        numbers, positions = kwargs.get("seq_idx"), kwargs.get("position_ids")
+        if offsets is None and numbers is None:
+            model_offsets, model_numbers, model_positions = None, None, None
+            comptime(_tell)
+            offsets, numbers = model_offsets, model_numbers
+            positions = model_positions if positions is None else positions
+        if offsets is None and numbers is None and positions is None:
+            return function(*args, **kwargs)
+        first = torch.ops.effpass.packed_row.default(args[0], offsets, numbers, positions)
+        return function(first, *args[1:], **kwargs)
+
+    return traced
+
+
+def _tell(context: Any) -> None:
+    """Sets locals of ``traced`` above, while Dynamo traces it."""
+    frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
+    root = frame
+    while getattr(root, "parent", None) is not None:
+        root = root.parent
+    given = {name: value for name, value in _arguments(root) if _is_tensor(value)}
+    offsets = given.get("cu_seqlens", given.get("cu_seq_lens_q"))
+    told = {"model_offsets": offsets, "model_numbers": given.get("seq_idx")}
+    told["model_positions"] = given.get("position_ids")
+    for name, value in told.items():
+        if value is not None:
+            frame.symbolic_locals[name] = value
+
+
+def _arguments(root: Any) -> Any:
+    """Names and variables of the outermost function, with those in its ``**kwargs``."""
+    for name, value in list(root.symbolic_locals.items()):
+        if name in NAMES:
+            yield name, _realized(value)
+        elif isinstance(root.f_locals.get(name), dict) and name in ("kwargs", "kwds"):
+            every = _realized(value)
+            if isinstance(every, ConstDictVariable):
+                for key, each in list(every.items.items()):
+                    key = key.vt.as_python_constant()
+                    if key in NAMES:
+                        yield key, _realized(each)
+
+
+def _realized(value: Any) -> Any:
+    return value.realize() if isinstance(value, LazyVariableTracker) else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, TensorVariable)

@@ -1,0 +1,1 @@
+"""Parts of ``effpass.passes.packed_rows``."""

@@ -1,0 +1,254 @@
+"""Builds the graph of one packed row: every node that mixes tokens gets the boundaries."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, GraphModule, Node
+
+from effpass.axes.labels import expression, opname, single
+from effpass.axes.relation import Kind, arguments, is_tensor, values
+from effpass.axes.solve import Solution, solve
+from effpass.graph.region import ancestors
+from effpass.ops import OPS
+from effpass.passes.boundaries.marks import Marks, RowError
+from effpass.passes.boundaries.samples import RowSamples, seen_in_rows
+from effpass.passes.packing.masks import Seen
+
+aten = torch.ops.aten
+CACHE = "pass use_cache=False: a cache holds one state a row, not one a sequence"
+APART = "pad the sequences, or give every sequence by itself"
+BY_INDEX = ("index", "index_put", "index_add", "index_select", "gather", "scatter", "scatter_add")
+COUNTS = ("topk", "sort", "one_hot", "nonzero", "bincount", "histc", "_grouped_mm", "argsort")
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """A node that mixes tokens: an effpass op, or torch's attention with what its mask shows.
+
+    ``apart``: its own mask keeps sequences apart, so that it may stay as it is.
+    """
+
+    node: Node
+    seen: Seen | None = None
+    apart: bool = False
+
+
+def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
+    """What of a graph must know the boundaries of its row; the longest row whose masks were read.
+
+    Raises RowError for what mixes tokens and cannot be told where sequences begin.
+    """
+    found = [_scan(n) for n in gm.graph.nodes if is_op(n)]
+    samples: RowSamples | None = None
+    for node in gm.graph.nodes:
+        if opname(node) != "scaled_dot_product_attention":
+            continue
+        mask = arguments(node)["attn_mask"]
+        told = is_tensor(mask) and ancestors([mask]).intersection(marks.nodes.values())
+        if told and samples is None:
+            samples = RowSamples(marks)
+        found.append(_attention(node, samples if told else None))
+    _refuse_others(gm, [each.node for each in found])
+    return found, samples.longest if samples else None
+
+
+def is_op(node: Node) -> bool:
+    """Whether a node is an effpass op that takes boundaries."""
+    return _op(node) is not None
+
+
+def _op(node: Node) -> Any:
+    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
+    op = OPS.get(name) if node.op == "call_function" and space == "effpass" else None
+    return op if op is not None and "cu_seqlens" in op.tensor_names else None
+
+
+def _scan(node: Node) -> Mixer:
+    op = _op(node)
+    given = op.bind(*node.args, **node.kwargs)
+    first = values(given[op.tensor_names[0]])[0]
+    if given["cu_seqlens"] is not None:
+        return Mixer(node, apart=True)
+    if not single(first.shape[0]):
+        raise RowError(node, f"{op.name} runs on {first.shape[0]} rows", "pack all into one row")
+    states = [u for u in node.users if u.target is operator.getitem and u.args[1] != 0 and u.users]
+    if given.get("initial_state") is not None or states:
+        raise RowError(node, f"{op.name} reads or keeps a state", CACHE)
+    return Mixer(node)
+
+
+def _attention(node: Node, samples: RowSamples | None) -> Mixer:
+    given = arguments(node)
+    mask, causal = given["attn_mask"], bool(given["is_causal"])
+    if samples is not None:
+        seen = seen_in_rows(node, mask, causal, samples)
+        if seen is not None:
+            return Mixer(node, seen, apart=True)
+        return _told(node, Seen(-1, 0) if causal else Seen())
+    if is_tensor(mask):
+        raise RowError(node, "its mask is made without the boundaries", APART)
+    return _told(node, Seen(-1, 0) if causal else Seen())
+
+
+def _told(node: Node, seen: Seen) -> Mixer:
+    """An attention that must be given the boundaries."""
+    reason = not_varlen(node)
+    if reason is not None:
+        raise RowError(node, reason, CACHE if "keys" in reason else APART)
+    return Mixer(node, seen)
+
+
+def not_varlen(node: Node) -> str | None:
+    """Why an attention cannot run as ``varlen_attention`` of one row; None where it can."""
+    given = arguments(node)
+    query, key = values(given["query"])[0], values(given["key"])[0]
+    if given["dropout_p"]:
+        return "dropout is active inside this attention"
+    if query.dim() != 4 or not single(query.shape[0]):
+        return f"its queries have shape {tuple(query.shape)}, not (1, heads, tokens, channels)"
+    if expression(query.shape[2]) != expression(key.shape[2]):
+        return f"it has {key.shape[2]} keys for {query.shape[2]} queries"
+    return None
+
+
+def _refuse_others(gm: GraphModule, known: list[Node]) -> None:
+    """Raises RowError for nodes that mix tokens of floats in a way nobody can bound."""
+    solution = solve(gm)
+    tokens = {label for node in known for label in _tokens(node, solution)}
+    light = _Light(known)
+    for node in gm.graph.nodes:
+        if node in known or node.op != "call_function" or not light.heavy(node):
+            continue
+        kinds = solution.kinds(node, sorted(tokens)) - {Kind.FREE}
+        name = opname(node) or str(node.target)
+        if isinstance(node.target, HigherOrderOperator):
+            raise RowError(node, f"{name} has a body of its own", APART)
+        if not kinds or (kinds == {Kind.UNKNOWN} and name in (*BY_INDEX, *COUNTS)):
+            continue
+        if kinds == {Kind.BOUND} and _picks_only(node, light):
+            continue
+        if not _loss(node):
+            raise RowError(node, f"{name} is {', '.join(sorted(kinds))} along the tokens", APART)
+
+
+def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
+    """The token axis of one mixer."""
+    op = _op(node)
+    source, at = (arguments(node)["query"], -2) if op is None else (node.args[0], 1)
+    assert isinstance(source, Node)
+    return solution.dims(source)[at]
+
+
+class _Light:
+    """Which values are floats made of tokens: what sequences must not share."""
+
+    def __init__(self, known: list[Node]) -> None:
+        self._heavy: dict[Node, bool] = dict.fromkeys(known, True)
+
+    def heavy(self, node: Node) -> bool:
+        """Whether a value is made of embedded or given floats, not of parameters alone."""
+        if node not in self._heavy:
+            self._heavy[node] = self._is_heavy(node)
+        return self._heavy[node]
+
+    def _is_heavy(self, node: Node) -> bool:
+        if node.op == "placeholder":
+            value = node.meta.get("val")
+            floats = isinstance(value, Tensor) and value.is_floating_point()
+            return floats and not node.meta.get("effpass_parameter")
+        if opname(node) == "embedding":
+            return True
+        return any(self.heavy(source) for source in node.all_input_nodes)
+
+
+def _picks_only(node: Node, light: _Light) -> bool:
+    """Whether what a node cuts out of the tokens meets no other tokens afterwards."""
+    below = _descendants(node)
+    return not any(
+        light.heavy(source) and source not in below and source is not node
+        for each in below
+        for source in each.all_input_nodes
+    ) and not any(is_op(n) or opname(n) == "scaled_dot_product_attention" for n in below)
+
+
+def _loss(node: Node) -> bool:
+    """Whether all that a node leads to is a number for all tokens: a loss."""
+    ends = [n for n in (node, *_descendants(node)) if any(u.op == "output" for u in n.users)]
+    return all(v.dim() == 0 for n in ends for v in values(n))
+
+
+def _descendants(node: Node) -> set[Node]:
+    found: set[Node] = set()
+    pending = [*node.users]
+    while pending:
+        each = pending.pop()
+        if each not in found and each.op != "output":
+            found.add(each)
+            pending += each.users
+    return found
+
+
+def row_form(gm: GraphModule, found: list[Mixer], varlen: bool) -> GraphModule:
+    """The graph of one packed row: inputs as before, then ``cu_seqlens``, int32 (S + 1,).
+
+    ``varlen``: attention whose own mask keeps sequences apart becomes ``varlen_attention``, too.
+    """
+    graph, env = Graph(), dict[Node, Node]()
+    by_node = {each.node: each for each in found}
+    rest = iter(gm.graph.nodes)
+    for node in rest:
+        if node.op != "placeholder":
+            break
+        env[node] = graph.node_copy(node)
+    cu_seqlens = graph.placeholder("row_cu_seqlens")
+    for node in _without_inputs(gm):
+        mixer = by_node.get(node)
+        if mixer is None or (mixer.apart and (is_op(node) or not varlen or not_varlen(node))):
+            env[node] = graph.node_copy(node, env.__getitem__)
+        elif is_op(node):
+            env[node] = graph.node_copy(node, env.__getitem__)
+            given = _op(node).bind(*env[node].args, **env[node].kwargs)
+            env[node].args = tuple((given | {"cu_seqlens": cu_seqlens}).values())
+            env[node].kwargs = {}
+        else:
+            env[node] = _varlen(graph, node, mixer.seen or Seen(), cu_seqlens, env)
+    made = GraphModule(gm, graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    made.recompile()
+    return made
+
+
+def _without_inputs(gm: GraphModule) -> Iterator[Node]:
+    return (node for node in gm.graph.nodes if node.op != "placeholder")
+
+
+def _varlen(graph: Graph, node: Node, seen: Seen, cu_seqlens: Node, env: dict[Node, Node]) -> Node:
+    given = arguments(node)
+    heads = []
+    for name in ("query", "key", "value"):
+        row = graph.call_function(aten.squeeze.dim, (env[given[name]], 0))
+        heads.append(graph.call_function(aten.transpose.int, (row, 0, 1)))
+    tokens = graph.call_function(aten.sym_size.int, (heads[0], 0))
+    scale = given["scale"]
+    made = graph.call_function(
+        OPS["varlen_attention"].overload,
+        (*heads, cu_seqlens, tokens),
+        {
+            "causal": seen.causal,
+            "window": [seen.left, -1 if seen.causal else seen.right],
+            "scale": env.get(scale, scale),
+        },
+    )
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            made.meta[key] = node.meta[key]
+    first = graph.call_function(aten.transpose.int, (made, 0, 1))
+    return graph.call_function(aten.unsqueeze.default, (first, 0))

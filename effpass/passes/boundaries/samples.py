@@ -1,0 +1,89 @@
+"""Sample rows, and the masks that a graph's own code makes of their boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx import Node
+
+from effpass.axes.relation import values
+from effpass.passes.boundaries.marks import Marks, RowError
+from effpass.passes.packing.masks import Seen, who_sees, window_of, within
+from effpass.passes.packing.places import Unpackable
+from effpass.passes.packing.samples import LONGER, Samples
+
+HINT = "pad the sequences, or give every sequence by itself"
+
+
+class RowSamples(Samples):
+    """Rows of one and of several sequences, by the inputs that tell their boundaries.
+
+    ``masks`` holds the number of each token's sequence, (1, T), one tensor a sample.
+    """
+
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks.nodes
+        row = self.marks.get("position_ids", self.marks.get("seq_idx"))
+        if row is None:
+            raise RowError(None, "masks are made of cu_seqlens", "pass position_ids as well")
+        super().__init__(row)
+
+    def _drawn(self) -> Iterator[Tensor]:
+        size = values(self.mask)[0].shape[1]
+        tokens = int(size.node.hint) if isinstance(size, SymInt) else int(size)
+        lengths = [tokens, *((2 * tokens + 1, LONGER) if isinstance(size, SymInt) else ())]
+        generator = torch.Generator().manual_seed(0)
+        for n in lengths:
+            yield torch.zeros(1, n, dtype=torch.long)
+            for chance in (0.1, 0.4, 1.0):
+                begins = torch.rand(1, n, generator=generator) < chance
+                begins[:, 0] = False
+                yield begins.cumsum(1)
+
+    def _given(self, node: Node, mask: Tensor) -> Any:
+        value = node.meta["val"]
+        if node is self.marks.get("position_ids"):
+            return positions(mask).to(value.dtype)
+        if node is self.marks.get("seq_idx"):
+            return mask.to(value.dtype)
+        return super()._given(node, mask)
+
+
+def positions(numbers: Tensor) -> Tensor:
+    """(1, T): where each token stands in its sequence, whose number it has."""
+    same = numbers[0][:, None] == numbers[0]
+    return same.tril(-1).sum(1)[None]
+
+
+def seen_in_rows(attention: Node, mask: Node, causal: bool, samples: RowSamples) -> Seen | None:
+    """The window of an attention whose mask keeps sequences apart; None where it does not.
+
+    Raises RowError where the mask lets tokens see something else.
+    """
+    if not samples.light(mask):
+        raise RowError(attention, "its mask is made of weights, not of positions alone", HINT)
+    found: Seen | None = None
+    apart = False
+    try:
+        for i, numbers in enumerate(samples.masks):
+            tokens = numbers.shape[1]
+            sees = who_sees(attention, samples.value(mask, i), torch.ones(1, tokens))
+            if causal:
+                sees = sees & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+            if not bool(numbers.any()):
+                found = window_of(attention, sees)
+                continue
+            assert found is not None  # the first sample of every length is one sequence
+            near = within(found, tokens)
+            own = near & (numbers[0][:, None] == numbers[0])
+            if not bool((sees == own).all()):
+                if not apart and bool((sees == near).all()):
+                    return None
+                raise RowError(attention, "its mask lets tokens see other sequences", HINT)
+            apart = apart or not bool((own == near).all())
+    except (Unpackable, RuntimeError, IndexError) as error:
+        raise RowError(attention, f"its mask cannot be read: {error}", HINT) from error
+    return found

@@ -1,0 +1,140 @@
+"""Packed rows that the user brings: sequences end to end in one row never see each other.
+
+What ``DataCollatorWithFlattening`` and ``effpass.pack`` emit: ``input_ids`` (1, T) with
+``position_ids`` that restart, perhaps ``seq_idx`` and ``cu_seq_lens_q``. Convolutions and scans
+start anew at every boundary (PackMamba, arXiv 2408.03865, section 3), attention stays inside its
+sequence. Not an option: where boundaries are given, a graph honours them or is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
+from torch.fx import Graph, GraphModule, Node
+
+from effpass.axes.labels import expression, opname
+from effpass.axes.relation import arguments, values
+from effpass.graph.region import ancestors
+from effpass.passes.boundaries.honour import is_op, mixers, row_form
+from effpass.passes.boundaries.marks import Marks, RowError, take, unread
+from effpass.passes.boundaries.offsets import offsets
+from effpass.passes.pack_varlen import Compile, compiled
+from effpass.report import Applied
+
+Run = Callable[..., Any]
+NAME = "packed_rows"
+__all__ = ["NAME", "Rows", "find_rows", "take"]
+
+
+@dataclass
+class Rows:
+    """A graph whose inputs may tell that its row is packed.
+
+    ``tells`` answers what they tell of one batch, ``names`` what each is; ``tokens`` is an input
+    with a dim of tokens. ``row`` runs packed rows of up to ``longest`` tokens (None: of any
+    length), ``masked`` longer ones, with the model's own attention masks. ``why_not``: neither is
+    possible; rows of one sequence run all the same. ``counts`` says how often each form ran.
+    """
+
+    tells: GraphModule
+    names: tuple[str, ...]
+    tokens: tuple[int, int] | None
+    plain: Run
+    row: Run | None = None
+    masked: Run | None = None
+    longest: int | None = None
+    why_not: RowError | None = None
+    what: Applied | None = None
+    counts: dict[str, int] = field(default_factory=lambda: {"plain": 0, NAME: 0})
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Outputs of the graph for these inputs; ValueError for boundaries that disagree."""
+        given = dict(zip(self.names, self.tells(*inputs), strict=True))
+        place = self.tokens
+        tokens = None if place is None else inputs[place[0]].shape[place[1]]
+        found = offsets(given, tokens)
+        if found is None:
+            self.counts["plain"] += 1
+            return self.plain(*inputs)
+        if self.row is None or self.masked is None:
+            raise ValueError(str(self.why_not))
+        self.counts[NAME] += 1
+        device = given[self.names[0]].device
+        cu_seqlens = found.to(device, non_blocking=True)
+        maybe_mark_dynamic(cu_seqlens, 0)
+        short = self.longest is None or (tokens is not None and tokens <= self.longest)
+        return (self.row if short else self.masked)(*inputs, cu_seqlens)
+
+
+def find_rows(
+    gm: GraphModule, marks: Marks, compile: Callable[[str], Compile], plain: Callable[[], Run]
+) -> Rows | None:
+    """What runs a graph whose inputs ``marks`` tell boundaries; None where none need be honoured.
+
+    ``compile`` makes a callable of a form's graph when it is first run; ``plain`` makes the graph's
+    own at once. Raises RowError where boundaries are given and cannot be honoured.
+    """
+    mixing = [n for n in gm.graph.nodes if is_op(n) or _is_attention(n)]
+    lost = unread(marks)
+    if lost and mixing:
+        raise RowError(
+            mixing[0],
+            f"the model was given {', '.join(lost)}, and its code never reads it",
+            "pass position_ids that restart as well, or pad the sequences",
+        )
+    marks = replace(marks, **{n: None for n, node in marks.nodes.items() if not _given(node)})
+    if not marks.nodes or not mixing:
+        return None
+    tells, names = _tells(gm, list(marks.nodes.values())), tuple(marks.nodes)
+    try:
+        found, longest = mixers(gm, marks)
+    except RowError as reason:
+        return Rows(tells, names, None, plain(), why_not=reason)
+    return Rows(
+        tells,
+        names,
+        _token_input(gm, mixing[0]),
+        compiled(gm, compile("plain")),
+        compiled(row_form(gm, found, varlen=True), compile(NAME)),
+        compiled(row_form(gm, found, varlen=False), compile(NAME)),
+        longest,
+        what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(found)),
+    )
+
+
+def _is_attention(node: Node) -> bool:
+    return opname(node) == "scaled_dot_product_attention"
+
+
+def _given(node: Node) -> bool:
+    """Whether a value depends on what the caller gave, not on sizes alone."""
+    inputs = (n for n in ancestors([node]) if n.op == "placeholder")
+    return any(isinstance(n.meta.get("val"), Tensor) for n in inputs)
+
+
+def _tells(gm: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """The graph's own code for the values of ``nodes``."""
+    wanted = ancestors(nodes)
+    graph, env = Graph(), dict[Node, Node]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in wanted:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output([env[node] for node in nodes])
+    return GraphModule(gm, graph)
+
+
+def _token_input(gm: GraphModule, mixer: Node) -> tuple[int, int] | None:
+    """An input, by its place, and the dim in which it has one entry a token of the row."""
+    source, at = (mixer.args[0], 1) if is_op(mixer) else (arguments(mixer)["query"], -2)
+    assert isinstance(source, Node)
+    size = expression(values(source)[0].shape[at])
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dim() > 1 and not node.meta.get("effpass_parameter"):
+            if expression(value.shape[1]) == size:
+                return i, 1
+    return None
