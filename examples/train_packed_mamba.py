@@ -66,9 +66,9 @@ class ByteModel(nn.Module):
         self.backbone = Mamba2Model(config)
         self.head = nn.Linear(hidden, VOCABULARY, bias=False)
 
-    def forward(self, **inputs: Any) -> Tensor:
+    def forward(self, **kwargs: Any) -> Tensor:
         """Logits of whatever the backbone takes."""
-        return self.head(self.backbone(**inputs, use_cache=False)[0])
+        return self.head(self.backbone(**kwargs, use_cache=False)[0])
 
 
 @dataclass

@@ -32,9 +32,9 @@ class Reader(nn.Module):
         self.backbone = _backbone(name, hidden, layers, states)
         self.head = nn.Linear(hidden, VOCABULARY, bias=False)
 
-    def forward(self, **inputs: Any) -> Tensor:
+    def forward(self, **kwargs: Any) -> Tensor:
         """Logits of whatever the backbone takes."""
-        return self.head(self.backbone(**inputs, use_cache=False)[0])
+        return self.head(self.backbone(**kwargs, use_cache=False)[0])
 
 
 def _backbone(name: str, hidden: int, layers: int, states: int) -> nn.Module:
@@ -56,7 +56,7 @@ def sequences(lengths: Sequence[int], device: str) -> list[Tensor]:
 
 def single(parts: list[Tensor]) -> list[Batch]:
     """A batch (1, length) of each sequence."""
-    return [({"input_ids": _any_length(ids[None])}, _targets(ids)[None]) for ids in parts]
+    return [({"input_ids": ids[None]}, _targets(ids)[None]) for ids in parts]
 
 
 def padded(parts: list[Tensor]) -> list[Batch]:
@@ -65,8 +65,7 @@ def padded(parts: list[Tensor]) -> list[Batch]:
     labels = pad_sequence([_targets(p) for p in parts], batch_first=True, padding_value=IGNORED)
     lengths = torch.tensor([len(p) for p in parts], device=ids.device)
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return [({k: _any_length(v, 0) for k, v in inputs.items()}, labels)]
+    return [({"input_ids": ids, "attention_mask": mask}, labels)]
 
 
 def packed(parts: list[Tensor]) -> list[Batch]:
@@ -75,10 +74,7 @@ def packed(parts: list[Tensor]) -> list[Batch]:
 
     (row,) = effpass.pack(parts, sum(map(len, parts)))
     inputs = row.to(parts[0].device).kwargs()
-    labels = inputs.pop("labels")
-    for name in ("input_ids", "position_ids", "seq_idx"):
-        _any_length(inputs[name])
-    return [(inputs, labels)]
+    return [(inputs, inputs.pop("labels"))]
 
 
 LAYOUTS: dict[str, Callable[[list[Tensor]], list[Batch]]] = {
@@ -88,10 +84,13 @@ LAYOUTS: dict[str, Callable[[list[Tensor]], list[Batch]]] = {
 }
 
 
-def _any_length(value: Tensor, *more: int) -> Tensor:
-    """Compiled once for all lengths, where the compiler can."""
-    maybe_mark_dynamic(value, [1, *more])
-    return value
+def any_length(batches: list[Batch]) -> list[Batch]:
+    """Batches that are compiled once for all lengths and numbers of sequences."""
+    for inputs, _ in batches:
+        for name in {"input_ids", "attention_mask", "position_ids", "seq_idx"} & set(inputs):
+            value = inputs[name]
+            maybe_mark_dynamic(value, [dim for dim, size in enumerate(value.shape) if size > 1])
+    return batches
 
 
 def _targets(ids: Tensor) -> Tensor:
@@ -136,6 +135,8 @@ class Worker:
         self.model = Reader(model, *sizes).to(self.args.device).train()
         self.function = _compiled(self.args.arm, self.model)
         self.rows = [LAYOUTS[layout](sequences(lengths, self.args.device)) for lengths in rows]
+        if self.args.arm == "effpass":
+            self.rows = [any_length(batches) for batches in self.rows]
         started = time.perf_counter()
         losses = [self.step(batches) for batches in self.rows]
         first = time.perf_counter() - started

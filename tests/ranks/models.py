@@ -58,8 +58,8 @@ class Reader(nn.Module):
         """What FSDP2 shards one by one."""
         return list(self.backbone.get_submodule(self.layers))  # type: ignore[call-overload]
 
-    def forward(self, **inputs: Any) -> Tensor:
-        return self.head(self.backbone(**inputs)[0])
+    def forward(self, **kwargs: Any) -> Tensor:
+        return self.head(self.backbone(**kwargs)[0])
 
 
 def stack() -> Reader:

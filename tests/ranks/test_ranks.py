@@ -16,10 +16,14 @@ from tests.ranks import work
 from tests.tolerances import close
 
 QUICK = [f"stack:packed:{engine}" for engine in work.ENGINES]
+QUICK += ["mamba2:packed:ddp_around", "mamba2:packed:fsdp"]
 QUICK += ["mamba2:padded:ddp_around", "bert:padded:ddp_around"]
 SLOW = [
     f"{name}:{layout}:{engine}"
-    for name, layout in (("mamba1", "padded"), ("mamba2", "padded"), ("bert", "padded"))
+    for name, layout in (
+        *(("mamba1", "padded"), ("mamba2", "padded"), ("bert", "padded")),
+        *(("mamba2", "packed"), ("llama", "packed")),
+    )
     for engine in work.ENGINES
     if f"{name}:{layout}:{engine}" not in QUICK
 ]

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,11 +157,11 @@ def main() -> None:
     """Runs all cases in one pair of processes."""
     folder, compiler, *cases = sys.argv[1:]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     for case in cases:
         try:
             found = together(case, compiler)
-        except ValueError as error:  # boundaries that cannot be honoured
+        except (ValueError, BackendCompilerFailed) as error:  # boundaries that cannot be kept
             found = {"error": str(error)}
         if dist.get_rank() == 0:
             torch.save(found, Path(folder) / f"{case.replace(':', '-')}.pt")
