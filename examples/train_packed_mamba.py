@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from training import checkpoint, curve
 from training.layouts import LAYOUTS, summed_loss
 from training.ranks import ENGINES, Ranks, accumulating, distributed, start
-from training.text import VOCABULARY, sequences
+from training.text import PLAYS, VOCABULARY, sequences
 
 import effpass
 from effpass.rows import Row
@@ -105,7 +105,7 @@ def build(args: argparse.Namespace, mode: str, ranks: Ranks) -> Run:
     blocks = model.backbone.layers
     called = distributed(model, blocks, ranks, args.engine, compile, mode == "single")
     dataset = effpass.PackedDataset(
-        sequences(args.longest)[0],
+        sequences(args.longest, args.text)[0],
         args.max_tokens,
         shuffle=True,
         seed=args.seed,
@@ -139,8 +139,8 @@ def resume(run: Run, folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def rows(dataset: effpass.PackedDataset) -> Iterator[Row]:
-    """Rows of this rank, epoch after epoch."""
-    loader = DataLoader(dataset, batch_size=None)
+    """Rows of this rank, epoch after epoch; no draw from the random numbers of the model."""
+    loader = DataLoader(dataset, batch_size=None, generator=torch.Generator())
     while True:
         yield from loader
         dataset.set_epoch(dataset.epoch + 1)
@@ -185,7 +185,7 @@ def held_out_loss(run: Run, args: argparse.Namespace) -> float:
     Gradients stay on (and unused), so that nothing is compiled anew.
     """
     summed, count = 0.0, 0
-    for row in effpass.pack(sequences(args.longest)[1], args.max_tokens):
+    for row in effpass.pack(sequences(args.longest, args.text)[1], args.max_tokens):
         count += row.target_count
         for batch in LAYOUTS[run.mode](row.to(run.ranks.device)):
             summed += summed_loss(run.called(**batch.inputs), batch.labels).item()
@@ -232,6 +232,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=tuple(LAYOUTS), default=["packed"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=4096, help="of a row")
+    parser.add_argument("--text", type=Path, default=PLAYS, help="another text, in ASCII")
     parser.add_argument("--longest", type=int, default=2048, help="of a passage, in bytes")
     parser.add_argument("--hidden", type=int, default=128, help="width, a multiple of 32")
     parser.add_argument("--layers", type=int, default=4)

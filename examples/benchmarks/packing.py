@@ -146,7 +146,7 @@ def sentences(count: int, order: str) -> list[Batch]:
 
 
 def padded(rows: int, tokens: int, share: float, vocabulary: int) -> Batch:
-    """One batch of which ``share`` is padding, behind rows of different lengths, one of them full."""
+    """One batch of which ``share`` is padding, behind rows of other lengths; one row is full."""
     mean = ((1 - share) * rows - 1) * tokens / (rows - 1)  # of all rows but the full one
     spread = min(mean - 1, tokens - mean) * 0.8
     others = torch.linspace(mean - spread, mean + spread, rows - 1).round().long()
