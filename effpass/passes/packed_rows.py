@@ -8,17 +8,16 @@ sequence. Not an option: where boundaries are given, a graph honours them or is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import expression, opname
 from effpass.axes.relation import arguments, values
-from effpass.graph.region import ancestors
 from effpass.passes.boundaries.honour import is_op, mixers, row_form
 from effpass.passes.boundaries.marks import Marks, RowError, take, unread
 from effpass.passes.boundaries.offsets import offsets
@@ -27,6 +26,15 @@ from effpass.report import Applied
 
 Run = Callable[..., Any]
 NAME = "packed_rows"
+PLAIN = (
+    "softmax",
+    "_softmax",
+    "conv1d",
+    "convolution",
+    "cumsum",
+    "matmul",
+    "bmm",
+)  # may mix tokens
 __all__ = ["NAME", "Rows", "find_rows", "take"]
 
 
@@ -79,17 +87,16 @@ def find_rows(
     own at once. Raises RowError where boundaries are given and cannot be honoured.
     """
     mixing = [n for n in gm.graph.nodes if is_op(n) or _is_attention(n)]
-    lost = unread(marks)
-    if lost and mixing:
+    lost, leaks = unread(marks), mixing or [n for n in gm.graph.nodes if opname(n) in PLAIN]
+    if lost and leaks:
         raise RowError(
-            mixing[0],
+            leaks[0],
             f"the model was given {', '.join(lost)}, and its code never reads it",
             "pass position_ids that restart as well, or pad the sequences",
         )
-    marks = replace(marks, **{n: None for n, node in marks.nodes.items() if not _given(node)})
-    if not marks.nodes or not mixing:
+    if marks.tells is None or not mixing:
         return None
-    tells, names = _tells(gm, list(marks.nodes.values())), tuple(marks.nodes)
+    tells, names = marks.tells, marks.names
     try:
         found, longest = mixers(gm, marks)
     except RowError as reason:
@@ -108,23 +115,6 @@ def find_rows(
 
 def _is_attention(node: Node) -> bool:
     return opname(node) == "scaled_dot_product_attention"
-
-
-def _given(node: Node) -> bool:
-    """Whether a value depends on what the caller gave, not on sizes alone."""
-    inputs = (n for n in ancestors([node]) if n.op == "placeholder")
-    return any(isinstance(n.meta.get("val"), Tensor) for n in inputs)
-
-
-def _tells(gm: GraphModule, nodes: Sequence[Node]) -> GraphModule:
-    """The graph's own code for the values of ``nodes``."""
-    wanted = ancestors(nodes)
-    graph, env = Graph(), dict[Node, Node]()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in wanted:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output([env[node] for node in nodes])
-    return GraphModule(gm, graph)
 
 
 def _token_input(gm: GraphModule, mixer: Node) -> tuple[int, int] | None:

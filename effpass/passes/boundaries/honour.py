@@ -15,7 +15,6 @@ from torch.fx import Graph, GraphModule, Node
 from effpass.axes.labels import expression, opname, single
 from effpass.axes.relation import Kind, arguments, is_tensor, values
 from effpass.axes.solve import Solution, solve
-from effpass.graph.region import ancestors
 from effpass.ops import OPS
 from effpass.passes.boundaries.marks import Marks, RowError
 from effpass.passes.boundaries.samples import RowSamples, seen_in_rows
@@ -25,7 +24,7 @@ aten = torch.ops.aten
 CACHE = "pass use_cache=False: a cache holds one state a row, not one a sequence"
 APART = "pad the sequences, or give every sequence by itself"
 BY_INDEX = ("index", "index_put", "index_add", "index_select", "gather", "scatter", "scatter_add")
-COUNTS = ("topk", "sort", "one_hot", "nonzero", "bincount", "histc", "_grouped_mm", "argsort")
+EXPERTS = ("one_hot", "nonzero", "bincount", "histc")
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,9 @@ def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
         if opname(node) != "scaled_dot_product_attention":
             continue
         mask = arguments(node)["attn_mask"]
-        told = is_tensor(mask) and ancestors([mask]).intersection(marks.nodes.values())
-        if told and samples is None:
-            samples = RowSamples(marks)
-        found.append(_attention(node, samples if told else None))
+        if is_tensor(mask) and samples is None:
+            samples = RowSamples(gm, marks)
+        found.append(_attention(node, samples))
     _refuse_others(gm, [each.node for each in found])
     return found, samples.longest if samples else None
 
@@ -87,22 +85,14 @@ def _scan(node: Node) -> Mixer:
 def _attention(node: Node, samples: RowSamples | None) -> Mixer:
     given = arguments(node)
     mask, causal = given["attn_mask"], bool(given["is_causal"])
-    if samples is not None:
-        seen = seen_in_rows(node, mask, causal, samples)
-        if seen is not None:
-            return Mixer(node, seen, apart=True)
-        return _told(node, Seen(-1, 0) if causal else Seen())
+    seen, apart = Seen(-1, 0) if causal else Seen(), False
     if is_tensor(mask):
-        raise RowError(node, "its mask is made without the boundaries", APART)
-    return _told(node, Seen(-1, 0) if causal else Seen())
-
-
-def _told(node: Node, seen: Seen) -> Mixer:
-    """An attention that must be given the boundaries."""
+        assert samples is not None
+        seen, apart = seen_in_rows(node, mask, causal, samples)
     reason = not_varlen(node)
-    if reason is not None:
+    if reason is not None and not apart:
         raise RowError(node, reason, CACHE if "keys" in reason else APART)
-    return Mixer(node, seen)
+    return Mixer(node, seen, apart)
 
 
 def not_varlen(node: Node) -> str | None:
@@ -130,12 +120,27 @@ def _refuse_others(gm: GraphModule, known: list[Node]) -> None:
         name = opname(node) or str(node.target)
         if isinstance(node.target, HigherOrderOperator):
             raise RowError(node, f"{name} has a body of its own", APART)
-        if not kinds or (kinds == {Kind.UNKNOWN} and name in (*BY_INDEX, *COUNTS)):
+        if not kinds or _routes(name, node, light):
             continue
         if kinds == {Kind.BOUND} and _picks_only(node, light):
             continue
         if not _loss(node):
             raise RowError(node, f"{name} is {', '.join(sorted(kinds))} along the tokens", APART)
+
+
+def _routes(name: str, node: Node, light: _Light) -> bool:
+    """Whether a node sends tokens to experts and back, each token for itself.
+
+    The order of integers (which expert a token chose) moves tokens; that of floats would let tokens
+    compete for an expert. Indices that tokens chose send them; fixed ones would shift them.
+    """
+    if name in ("sort", "argsort"):
+        return not values(node.args[0])[0].is_floating_point()  # type: ignore[arg-type]
+    if name in BY_INDEX:
+        given = arguments(node)
+        indices = given["indices"] if "indices" in given else [given["index"]]
+        return all(light.heavy(index) for index in indices if is_tensor(index))
+    return name in EXPERTS or "grouped_mm" in name
 
 
 def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
@@ -202,10 +207,7 @@ def row_form(gm: GraphModule, found: list[Mixer], varlen: bool) -> GraphModule:
     """
     graph, env = Graph(), dict[Node, Node]()
     by_node = {each.node: each for each in found}
-    rest = iter(gm.graph.nodes)
-    for node in rest:
-        if node.op != "placeholder":
-            break
+    for node in gm.graph.find_nodes(op="placeholder"):
         env[node] = graph.node_copy(node)
     cu_seqlens = graph.placeholder("row_cu_seqlens")
     for node in _without_inputs(gm):

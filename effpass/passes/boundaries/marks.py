@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from effpass.axes.labels import single
 from effpass.graph.clean import graphs
+from effpass.graph.region import ancestors
 from effpass.graph.source import layer, line
 from effpass.ops.packed_row import MARK
 
 EXPLICIT = {"cu_seqlens": "cu_seqlens", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
+TOLD = ("cu_seqlens", "seq_idx", "position_ids")
 NAMES = EXPLICIT | {"position_ids": "position_ids"}
 _NAME = re.compile(rf"(?:^|_)({'|'.join(NAMES)})_?$")
 _STATE = re.compile(r"_(buffers|parameters)_|^l_self_", re.IGNORECASE)
@@ -36,72 +38,78 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Marks:
-    """Nodes that tell the boundaries of one row, each None where none does.
+    """What tells the boundaries of one row.
 
-    ``cu_seqlens`` int (S + 1,); ``seq_idx``, ``position_ids`` int (1, T). ``padded``: a padding
-    mask is among the inputs, so that positions alone say nothing (padding restarts them).
+    ``names``: which of ``cu_seqlens`` int (S + 1,), ``seq_idx`` and ``position_ids`` int (b, T) are
+    told; ``tells``: a graph of the inputs that answers them, in that order; ``places``: those that
+    are inputs themselves, by their place. ``padded``: a padding mask is among the inputs, so that
+    positions alone say nothing (padding restarts them).
     """
 
-    cu_seqlens: Node | None = None
-    seq_idx: Node | None = None
-    position_ids: Node | None = None
+    names: tuple[str, ...] = ()
+    tells: GraphModule | None = None
+    places: Mapping[str, int] = field(default_factory=dict)
     padded: bool = False
 
     @property
     def explicit(self) -> bool:
         """Whether boundaries were given as such, not by positions that restart."""
-        return self.cu_seqlens is not None or self.seq_idx is not None
+        return any(name != "position_ids" for name in self.names)
 
-    @property
-    def nodes(self) -> dict[str, Node]:
-        """The nodes by what they tell."""
-        names = ("cu_seqlens", "seq_idx", "position_ids")
-        found = {name: getattr(self, name) for name in names}
-        if self.padded and not self.explicit:
-            del found["position_ids"]
-        return {name: node for name, node in found.items() if node is not None}
+    def inputs(self, gm: GraphModule) -> dict[str, Node]:
+        """Those that are inputs themselves, in a later form of the graph."""
+        every = list(gm.graph.find_nodes(op="placeholder"))
+        return {name: every[place] for name, place in self.places.items()}
 
 
-def take(gm: GraphModule, names: Sequence[str]) -> Marks:
+def take(gm: GraphModule, arguments: Sequence[str]) -> Marks:
     """Takes ``packed_row`` out of a graph, and answers what tells its boundaries.
 
-    ``names``: what Dynamo called each input, after the argument that it is.
+    ``arguments``: what Dynamo called each input, after the argument that it is.
     Raises RowError where two rows are in one graph, or a mark is in a body of its own.
     """
-    found = Marks()
+    found: dict[str, Node] = {}
     for body in graphs(gm):
         for node in body.graph.find_nodes(op="call_function", target=MARK):
             if body is not gm:
-                raise RowError(
-                    node, "a packed row in a body of its own (a checkpointed layer?)", ALONE
-                )
-            found = _with(found, node, dict(zip(tuple(EXPLICIT_ARGS), node.args[1:], strict=True)))
+                reason = "a packed row in a body of its own (a checkpointed layer?)"
+                raise RowError(node, reason, "turn checkpointing off, or pad the sequences")
+            for name, value in zip(TOLD, node.args[1:], strict=True):
+                if isinstance(value, Node) and _tells(value, name):
+                    if found.setdefault(name, value) is not value:
+                        reason = f"two {name} in one graph: {found[name]} and {value}"
+                        raise RowError(node, reason, "compile one model at a time")
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             body.graph.erase_node(node)
-    for node, full in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
+    inputs = list(gm.graph.find_nodes(op="placeholder"))
+    padded = any(map(_PADDING.search, arguments))
+    for node, full in zip(inputs, arguments, strict=True):
         name = _NAME.search(full)
-        if _PADDING.search(full):
-            found = replace(found, padded=True)
-        elif name and not _STATE.search(full) and _tells(node, NAMES[name[1]]):
-            if getattr(found, NAMES[name[1]]) is None:
-                found = replace(found, **{NAMES[name[1]]: node})
+        if name and not _STATE.search(full) and _tells(node, NAMES[name[1]]):
+            found.setdefault(NAMES[name[1]], node)
     gm.recompile()
-    return found
+    found = {name: node for name, node in found.items() if _given(node)}
+    if not found or (padded and list(found) == ["position_ids"]):
+        return Marks(padded=padded)
+    places = {name: inputs.index(node) for name, node in found.items() if node in inputs}
+    return Marks(tuple(found), _graph_of(gm, list(found.values())), places, padded)
 
 
-EXPLICIT_ARGS = ("cu_seqlens", "seq_idx", "position_ids")
-ALONE = "turn checkpointing off, or pad the sequences"
+def _given(node: Node) -> bool:
+    """Whether a value depends on what the caller gave, not on sizes alone."""
+    inputs = (n for n in ancestors([node]) if n.op == "placeholder")
+    return any(isinstance(n.meta.get("val", n.meta.get("example_value")), Tensor) for n in inputs)
 
 
-def _with(marks: Marks, at: Node, given: Mapping[str, Any]) -> Marks:
-    for name, node in given.items():
-        if not isinstance(node, Node):
-            continue
-        before = getattr(marks, name)
-        if before is not None and before is not node:
-            raise RowError(at, f"two {name} in one graph: {before} and {node}", "compile one model")
-        marks = replace(marks, **{name: node})
-    return marks
+def _graph_of(gm: GraphModule, nodes: Sequence[Node]) -> GraphModule:
+    """The graph's own code for the values of ``nodes``."""
+    wanted = ancestors(nodes)
+    graph, env = Graph(), dict[Node, Node]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in wanted:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output([env[node] for node in nodes])
+    return GraphModule(gm, graph)
 
 
 def _tells(node: Node, what: str) -> bool:
@@ -126,10 +134,10 @@ def unread(marks: Marks) -> list[str]:
     masked = marks.padded or given.get("attention_mask") is not None
     found = [name for name in EXPLICIT if isinstance(given.get(name), Tensor)]
     positions = given.get("position_ids")
-    if marks.position_ids is None and isinstance(positions, Tensor) and not masked:
+    if not marks.names and isinstance(positions, Tensor) and not masked:
         if positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
             found.append("position_ids")
-    return found if marks.position_ids is None else []
+    return [] if marks.names else found
 
 
 def _arguments() -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from effpass.axes.relation import values
 from effpass.passes.boundaries.marks import Marks, RowError
@@ -24,11 +24,12 @@ class RowSamples(Samples):
     ``masks`` holds the number of each token's sequence, (1, T), one tensor a sample.
     """
 
-    def __init__(self, marks: Marks) -> None:
-        self.marks = marks.nodes
+    def __init__(self, gm: GraphModule, marks: Marks) -> None:
+        self.marks = marks.inputs(gm)
         row = self.marks.get("position_ids", self.marks.get("seq_idx"))
         if row is None:
-            raise RowError(None, "masks are made of cu_seqlens", "pass position_ids as well")
+            reason = "attention has a mask, and neither position_ids nor seq_idx is an input"
+            raise RowError(None, reason, "pass position_ids as well")
         super().__init__(row)
 
     def _drawn(self) -> Iterator[Tensor]:
@@ -51,6 +52,20 @@ class RowSamples(Samples):
             return mask.to(value.dtype)
         return super()._given(node, mask)
 
+    def _own(self, mask: Tensor) -> dict[str, int]:
+        """Sizes that are symbols: all that are as long as the row, by whatever symbol."""
+        row = values(self.mask)[0].shape[1]
+        if not isinstance(row, SymInt):
+            return {}
+        every = [size for n in self.mask.graph.find_nodes(op="placeholder") for size in _sizes(n)]
+        alike = [s for s in every if isinstance(s, SymInt) and s.node.hint == row.node.hint]
+        return dict.fromkeys(map(str, alike), mask.shape[1])
+
+
+def _sizes(node: Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value.shape) if isinstance(value, Tensor) else [value]
+
 
 def positions(numbers: Tensor) -> Tensor:
     """(1, T): where each token stands in its sequence, whose number it has."""
@@ -58,15 +73,17 @@ def positions(numbers: Tensor) -> Tensor:
     return same.tril(-1).sum(1)[None]
 
 
-def seen_in_rows(attention: Node, mask: Node, causal: bool, samples: RowSamples) -> Seen | None:
-    """The window of an attention whose mask keeps sequences apart; None where it does not.
+def seen_in_rows(
+    attention: Node, mask: Node, causal: bool, samples: RowSamples
+) -> tuple[Seen, bool]:
+    """The window of an attention, and whether its own mask keeps sequences apart.
 
-    Raises RowError where the mask lets tokens see something else.
+    Raises RowError where the mask is neither that nor blind to boundaries.
     """
     if not samples.light(mask):
         raise RowError(attention, "its mask is made of weights, not of positions alone", HINT)
     found: Seen | None = None
-    apart = False
+    apart = blind = True
     try:
         for i, numbers in enumerate(samples.masks):
             tokens = numbers.shape[1]
@@ -79,11 +96,11 @@ def seen_in_rows(attention: Node, mask: Node, causal: bool, samples: RowSamples)
             assert found is not None  # the first sample of every length is one sequence
             near = within(found, tokens)
             own = near & (numbers[0][:, None] == numbers[0])
-            if not bool((sees == own).all()):
-                if not apart and bool((sees == near).all()):
-                    return None
+            apart = apart and bool((sees == own).all())
+            blind = blind and bool((sees == near).all())
+            if not apart and not blind:
                 raise RowError(attention, "its mask lets tokens see other sequences", HINT)
-            apart = apart or not bool((own == near).all())
     except (Unpackable, RuntimeError, IndexError) as error:
         raise RowError(attention, f"its mask cannot be read: {error}", HINT) from error
-    return found
+    assert found is not None
+    return found, apart and not blind

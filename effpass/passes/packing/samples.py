@@ -73,12 +73,16 @@ class Samples:
         value = node.meta["val"]
         if node is self.mask:
             return mask.to(value.dtype)
-        own = dict(zip(map(str, values(self.mask)[0].shape), mask.shape, strict=True))
+        own = self._own(mask)
         if not isinstance(value, Tensor):
             return _size(value, own)
         shape = [_size(size, own) for size in value.shape]
         generator = torch.Generator().manual_seed(mask.numel())
         return torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+
+    def _own(self, mask: Tensor) -> dict[str, int]:
+        """Sizes by the symbols that the graph has for them."""
+        return dict(zip(map(str, values(self.mask)[0].shape), mask.shape, strict=True))
 
     def _drawn(self) -> Iterator[Tensor]:
         shape = values(self.mask)[0].shape
