@@ -86,6 +86,8 @@ def compile_graph(
     if rows is not None and rows.what is not None:
         report.applied.append(rows.what)
         report.forms = rows.counts
+        if config.verify:
+            report.verified = "not run: a row runs as its boundaries tell"
         report.nodes_after = len(graph.graph.nodes)
     run = rows or callers.watched(graph, finish)
     report.seconds = time.perf_counter() - started
