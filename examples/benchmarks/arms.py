@@ -20,7 +20,7 @@ class ArmError(RuntimeError):
 
 
 class Arm:
-    """A running worker. Its Inductor and kernel caches lie in ``caches``, empty at the start.
+    """A running worker. Its Inductor and kernel caches lie in ``caches``; new, they are empty.
 
     A ``cold`` one also has a temporary folder of its own, where Inductor keeps the header that it
     precompiles once a machine. ``script`` is another worker, ``more`` are arguments of its own.
@@ -37,8 +37,8 @@ class Arm:
         more: Sequence[str] = (),
     ) -> None:
         self.name = name
-        caches.mkdir(parents=True)
-        self.log = caches / "stderr.txt"
+        caches.mkdir(parents=True, exist_ok=True)
+        self.log = caches / f"stderr-{len(list(caches.glob('stderr-*')))}.txt"
         command = [sys.executable, str(script), "--arm", name, "--threads", str(threads), *more]
         with self.log.open("w") as errors:
             self._process = subprocess.Popen(
