@@ -32,6 +32,7 @@ from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
 from effpass.passes import packed_rows
+from effpass.passes.boundaries import callers
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -92,7 +93,7 @@ def compile_graph(
         if config.verify:
             report.verified = "not run: a row runs as its boundaries tell"
         report.nodes_after = len(graph.graph.nodes)
-    run = rows or finish()
+    run = rows or callers.watched(graph, finish)
     report.seconds = time.perf_counter() - started
     stages.report(report)
     (keep or _publish(gm, inputs))(report)

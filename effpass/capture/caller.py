@@ -35,10 +35,17 @@ def marked(function: Any) -> Any:
             positions = model_positions if positions is None else positions
         if offsets is None and numbers is None and positions is None:
             return function(*args, **kwargs)
+        args = tuple(_not_parameter(value) for value in args)
+        kwargs = {name: _not_parameter(value) for name, value in kwargs.items()}
         first = torch.ops.effpass.packed_row.default(args[0], offsets, numbers, positions)
         return function(first, *args[1:], **kwargs)
 
     return traced
+
+
+def _not_parameter(value: Any) -> Any:
+    """A view of a parameter: DDP cuts before nodes that read one, so between mark and op."""
+    return value.view(value.shape) if isinstance(value, torch.nn.Parameter) else value
 
 
 def _tell(context: Any) -> None:

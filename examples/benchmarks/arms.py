@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,26 @@ class ArmError(RuntimeError):
 
 
 class Arm:
-    """A running worker. Its Inductor and kernel caches lie in ``caches``, empty at the start.
+    """A running worker. Its Inductor and kernel caches lie in ``caches``; new, they are empty.
 
     A ``cold`` one also has a temporary folder of its own, where Inductor keeps the header that it
-    precompiles once a machine.
+    precompiles once a machine. ``script`` is another worker, ``more`` are arguments of its own.
     """
 
     def __init__(
-        self, name: str, caches: Path, threads: int, quick: bool, cold: bool = False
+        self,
+        name: str,
+        caches: Path,
+        threads: int,
+        quick: bool,
+        cold: bool = False,
+        script: Path = WORKER,
+        more: Sequence[str] = (),
     ) -> None:
         self.name = name
-        caches.mkdir(parents=True)
-        self.log = caches / "stderr.txt"
-        command = [sys.executable, str(WORKER), "--arm", name, "--threads", str(threads)]
+        caches.mkdir(parents=True, exist_ok=True)
+        self.log = caches / f"stderr-{len(list(caches.glob('stderr-*')))}.txt"
+        command = [sys.executable, str(script), "--arm", name, "--threads", str(threads), *more]
         with self.log.open("w") as errors:
             self._process = subprocess.Popen(
                 command + ["--quick"] * quick,

@@ -84,25 +84,29 @@ class Worker:
         return {"times_ms": times, "peak_mib": peak, "added_mib": peak - before}
 
 
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Answers each request on stdin by what ``answer`` makes of it, until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
 def main() -> None:
-    """Serves until stdin ends."""
+    """Serves as one arm."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", choices=sorted(COMPILE), required=True)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
-    worker = Worker(args.arm, QUICK if args.quick else Sizes())
-    for line in sys.stdin:
-        try:
-            reply = worker.answer(json.loads(line))
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}".strip()[:500]}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
+    serve(Worker(args.arm, QUICK if args.quick else Sizes()).answer)
 
 
 if __name__ == "__main__":

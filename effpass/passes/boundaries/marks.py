@@ -135,7 +135,7 @@ def unread(marks: Marks) -> list[str]:
     """
     if marks.explicit:
         return []
-    given = dict(_arguments())
+    given = given_to_frame()
     masked = marks.padded or given.get("attention_mask") is not None
     found = [name for name in EXPLICIT if isinstance(given.get(name), Tensor)]
     positions = given.get("position_ids")
@@ -143,6 +143,11 @@ def unread(marks: Marks) -> list[str]:
         if positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
             found.append("position_ids")
     return [] if marks.names else found
+
+
+def given_to_frame() -> dict[str, Any]:
+    """Arguments of the function that Dynamo compiles now, those in ``**kwargs`` too, by name."""
+    return dict(_arguments())
 
 
 def _arguments() -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,90 @@
+"""Boundaries that a model was given, where a compiled piece of it cannot see them: an error.
+
+A model that is compiled layer by layer, or cut by hooks (FSDP2), by DDP or by a graph break, is
+several graphs. A layer that is not handed the boundaries is compiled without them, perhaps for a
+batch that had none, and would carry one sequence's state into the next. Nothing in its graph tells;
+Python's own stack does: the calls of modules that this call lies in, with their arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import Module
+
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments
+from effpass.graph.source import layer, line
+from effpass.ops import OPS
+from effpass.passes.boundaries.marks import EXPLICIT, given_to_frame
+
+Run = Callable[..., Any]
+CALLS = frozenset(
+    getattr(Module, name).__code__ for name in ("_call_impl", "_wrapped_call_impl")
+)  # both take (self, *args, **kwargs)
+
+
+def watched(gm: GraphModule, make: Callable[[], Run]) -> Run:
+    """What ``make`` makes of ``gm``, a graph that sees no boundaries.
+
+    Where it mixes tokens, it raises ValueError when a module that is calling it was given some.
+    Attention is watched where the compiled function itself has ``position_ids`` that the graph does
+    not read: elsewhere it may be that of other tokens, say of an image. A few microseconds a call.
+    """
+    positions = "position_ids" in given_to_frame()
+    blind = next((n for n in gm.graph.nodes if _is_blind(n, positions)), None)
+    if blind is None:
+        return make()
+    where, run = " ".join(filter(None, (layer(blind), line(blind)))), make()
+
+    def call(*inputs: Any) -> Any:
+        lost = given_above()
+        if lost:
+            raise ValueError(
+                f"packed_rows: a module was given {', '.join(lost)}, which does not reach a layer "
+                f"that is compiled by itself ({where}). Compile the model in one piece (not layer "
+                "by layer, nor under FSDP2), or pad the sequences."
+            )
+        return run(*inputs)
+
+    return call
+
+
+def given_above() -> list[str]:
+    """Names of boundaries that the modules being called were given by keyword.
+
+    Positions count where they restart and no padding mask is with them.
+    """
+    for kwargs in _keywords(sys._getframe(1)):
+        found = [name for name in EXPLICIT if isinstance(kwargs.get(name), Tensor)]
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
+            if bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
+                found.append("position_ids")
+        if found:
+            return found
+    return []
+
+
+def _keywords(frame: FrameType | None) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of the modules that are being called, the innermost first."""
+    while frame is not None:
+        if frame.f_code in CALLS:
+            yield frame.f_locals["kwargs"]
+        frame = frame.f_back
+
+
+def _is_blind(node: Node, attention: bool) -> bool:
+    """Whether a node mixes tokens of one row, without being told of boundaries."""
+    if opname(node) == "scaled_dot_product_attention":
+        return attention and arguments(node)["attn_mask"] is None
+    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
+    op = OPS.get(name) if node.op == "call_function" and space == "effpass" else None
+    if op is None or "cu_seqlens" not in op.tensor_names:
+        return False
+    return op.bind(*node.args, **node.kwargs).get("cu_seqlens") is None
