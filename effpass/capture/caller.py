@@ -7,6 +7,8 @@ passes it on: ``MambaForCausalLM`` takes ``seq_idx`` and drops it.
 
 from __future__ import annotations
 
+import inspect
+from types import CodeType
 from typing import Any
 
 import torch
@@ -68,13 +70,21 @@ def _arguments(root: Any) -> Any:
     for name, value in list(root.symbolic_locals.items()):
         if name in NAMES:
             yield name, _realized(value)
-        elif isinstance(root.f_locals.get(name), dict) and name in ("kwargs", "kwds"):
+        elif name == _keywords(root.f_code):
             every = _realized(value)
             if isinstance(every, ConstDictVariable):
                 for key, each in list(every.items.items()):
                     key = key.vt.as_python_constant()
                     if key in NAMES:
                         yield key, _realized(each)
+
+
+def _keywords(code: CodeType) -> str | None:
+    """The name of ``**kwargs`` in a function's code."""
+    if not code.co_flags & inspect.CO_VARKEYWORDS:
+        return None
+    positional = bool(code.co_flags & inspect.CO_VARARGS)
+    return code.co_varnames[code.co_argcount + code.co_kwonlyargcount + positional]
 
 
 def _realized(value: Any) -> Any:

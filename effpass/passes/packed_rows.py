@@ -28,6 +28,7 @@ from effpass.report import Applied
 Run = Callable[..., Any]
 NAME = "packed_rows"
 PLAIN = ("scaled_dot_product_attention", "softmax", "_softmax", "conv1d", "convolution", "cumsum")
+PAD = "pad the sequences"
 __all__ = ["NAME", "Rows", "find_rows", "take"]
 
 
@@ -85,7 +86,7 @@ def find_rows(
         raise RowError(
             leaks[0],
             f"the model was given {', '.join(lost)}, and its code never reads it",
-            "pass position_ids that restart as well, or pad the sequences",
+            PAD if "position_ids" in lost else f"pass position_ids as well, or {PAD}",
         )
     if marks.tells is None or not leaks:
         return None
