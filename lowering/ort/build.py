@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
-from onnxscript import evaluator
-from onnxscript import opset20 as op
+from onnxscript import evaluator, opset20
 
 from effpass.lowering.ort.operators import CONTRIB
 
 Value = Any  # onnxscript's recorded value: an onnx_ir.Value that knows operators
+op: Any = opset20  # its own annotations are of tensors that are computed at once
 END = 2**63 - 1
 
 

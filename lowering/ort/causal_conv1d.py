@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import opset20 as op
 
 from effpass.lowering.ort.build import (
     END,
@@ -13,6 +12,7 @@ from effpass.lowering.ort.build import (
     contrib,
     full,
     ints,
+    op,
     shape,
     silu,
     size,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from onnxscript import opset20 as op
-
-from effpass.lowering.ort.build import Value, accumulated, cast, full, scan, shape, size, typed
+from effpass.lowering.ort.build import Value, accumulated, cast, full, op, scan, shape, size, typed
 from effpass.lowering.ort.ragged import ragged
 
 

@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnxscript import opset20 as op
 
-from effpass.lowering.ort.build import END, Value, cast, full, ints, rank, shape, size
+from effpass.lowering.ort.build import END, Value, cast, full, ints, op, rank, shape, size
 
 INT64 = ir.DataType.INT64
 

@@ -5,14 +5,13 @@ States lie (b, n, d): the long dim is last, where ONNX Runtime broadcasts whole 
 
 from __future__ import annotations
 
-from onnxscript import opset20 as op
-
 from effpass.lowering.ort.build import (
     Value,
     accumulated,
     cast,
     full,
     ints,
+    op,
     scan,
     shape,
     size,

@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime that reads torch's tensors where they lie, and answers torch tensors."""
+"""A session of ONNX Runtime: reads torch's tensors where they lie, and answers torch tensors."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ The scan is linear attention with a gate: queries C, keys B, values dt x, decays
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import opset20 as op
 
 from effpass.lowering.ort.build import (
     Value,
@@ -16,6 +15,7 @@ from effpass.lowering.ort.build import (
     contrib,
     full,
     ints,
+    op,
     scan,
     shape,
     size,

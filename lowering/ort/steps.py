@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-from onnxscript import opset20 as op
 
-from effpass.lowering.ort.build import Value, cast, silu
+from effpass.lowering.ort.build import Value, cast, op, silu
 
 
 def step_sizes(dt: Value, dt_bias: Value | None, dt_softplus: bool, acc: ir.DataType) -> Value:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnxscript import opset20 as op
 
-from effpass.lowering.ort.build import Value, accumulated, cast, ints, rank, shape, size, typed
+from effpass.lowering.ort.build import Value, accumulated, cast, ints, op, rank, shape, size, typed
 from effpass.lowering.ort.ragged import Ragged
 
 LOWEST = -1e30  # a score that counts for nothing, and stays finite where all are such
