@@ -26,7 +26,8 @@ from effpass.debug import Stages
 from effpass.graph.clean import clean, graphs
 from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
-from effpass.lower import lower, reference_form
+from effpass.lower import in_place, lower, reference_form
+from effpass.onnx_compiler import Unsuitable, in_runtime
 from effpass.ops import OPS
 from effpass.passes.pack_varlen import Forms
 from effpass.patterns.raising import raise_ops
@@ -79,6 +80,13 @@ def compile_graph(
         report.seconds = time.perf_counter() - started
         (keep or _publish(gm, inputs))(report)
         return packed
+    run = _in_runtime(graph, inputs, config, report)
+    if run is not None:
+        report.declined += _declined_functions(graph)
+        report.seconds = time.perf_counter() - started
+        stages.report(report)
+        (keep or _publish(gm, inputs))(report)
+        return run
     report.chosen += lower(graph, config.targets)
     stages.graph("lowered", graph)
     report.declined += _declined_functions(graph)
@@ -181,6 +189,24 @@ def _packed(
         report.nodes_after = len(found.packed.graph.nodes)
         return found.run
     return None
+
+
+def _in_runtime(
+    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> Callable[..., Any] | None:
+    """The graph in ONNX Runtime, where that was asked for and can be."""
+    if config.compiler != "onnxruntime":
+        return None
+    try:
+        run, report.verified = in_runtime(graph, inputs)
+    except Unsuitable as reason:
+        report.compiler = "inductor"
+        hint = "Inductor compiles this graph"
+        report.declined.append(Declined("onnxruntime", "", str(reason), hint))
+        return None
+    report.chosen += in_place(graph, "onnxruntime")
+    report.nodes_after = len(graph.graph.nodes)
+    return run
 
 
 def _agree(forms: Forms, inputs: Sequence[Any], config: Config, report: GraphReport) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,12 @@ from torch import nn
 
 from effpass.config import Config
 from effpass.export import check, files, states
-from effpass.export.program import Dims, ExportError, Program, capture, ops_of
+from effpass.export.program import Dims, ExportError, Program, capture
 from effpass.export.runner import STATES
+from effpass.lower import in_place
 from effpass.lowering.ort.convert import Untranslatable, convert, rename
 from effpass.lowering.ort.session import SessionError
 from effpass.report import GraphReport, Report
-
-VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def export_onnx(
         rename(converted.model, {}, made.outputs, made.dims)
         about = _metadata(model, options, made.report, carried, portable)
         converted.model.metadata_props.update(about)
-        made.report.chosen = ops_of(made.program)
+        made.report.chosen = in_place(made.program.graph_module, "onnxruntime")
         operators = Counter(_operator(node) for node in converted.model.graph)
         with files.written(converted.model, Path(path)) as draft:
             found = _verified(draft, model, made, carried, portable) if verify else None
@@ -140,7 +140,7 @@ def _metadata(
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
     rewrites = sorted({a.rewrite for a in report.applied} | {r.idiom for r in report.raised})
     made = {
-        "effpass.version": VERSION,
+        "effpass.version": getattr(sys.modules["effpass"], "__version__", "unknown"),
         "effpass.options": json.dumps({**(options or {}), "portable": portable}, default=str),
         "effpass.model": f"{type(model).__module__}.{type(model).__qualname__} {name}".strip(),
         "effpass.passes": json.dumps(rewrites),

@@ -20,9 +20,8 @@ from torch.utils import _pytree as pytree
 
 from effpass.capture import known
 from effpass.graph.clean import clean
-from effpass.lower import lower
 from effpass.patterns.raising import raise_ops
-from effpass.report import Chosen, Declined, GraphReport
+from effpass.report import Declined, GraphReport
 
 Dims = Mapping[str, Mapping[int, str]]
 
@@ -222,16 +221,3 @@ def _name_dims(made: Program, names: Dims, strict: bool) -> None:
                 raise ExportError(f"dynamic: expected it to be open, but {reason}")
             hint = "a loop over it, or a size that was read, makes it a constant"
             made.report.declined.append(Declined("dynamic", name, reason, hint))
-
-
-def ops_of(program: ExportedProgram) -> list[Chosen]:
-    """The ops that the program holds, as records; the program keeps them."""
-    copy = torch.fx.GraphModule(program.graph_module, program.graph_module.graph)
-    chosen = lower(_detached(copy), targets=())
-    return [Chosen(c.op, c.where, "onnx", (), c.source) for c in chosen]
-
-
-def _detached(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return torch.fx.GraphModule(gm, graph)
