@@ -47,7 +47,8 @@ def __getattr__(name: str) -> Any:
         from effpass.export import onnx, program, runner
     except ImportError as error:
         raise ImportError(
-            f"effpass.{name} needs {error.name}, which is not installed: pip install 'effpass[onnx]'"
+            f"effpass.{name} needs {error.name}, which is not installed; "
+            "pip install 'effpass[onnx]'"
         ) from error
     owners = {"ExportError": program, "OnnxModel": runner}
     return getattr(owners.get(name, onnx), name)

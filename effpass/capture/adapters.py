@@ -162,6 +162,26 @@ def causal_conv1d_update(original: Function) -> Function:
     return adapter
 
 
+def rnn_scan(original: Function) -> Function:
+    """RecurrentGemma's loop over tokens, a method: ``hidden_states``, ``recurrent_gate`` (b, t, d);
+    ``reset`` (b, t, 1) booleans, true where a sequence begins; ``recurrent_states`` (b, d)."""
+
+    def adapter(
+        self: Any,
+        hidden_states: Tensor,
+        recurrent_gate: Tensor,
+        reset: Tensor,
+        recurrent_states: Tensor | None,
+        acc_dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        gate, x, start = recurrent_gate * ~reset, hidden_states, recurrent_states
+        if gate.dtype != x.dtype or acc_dtype != torch.float32 or x.dtype == torch.float64:
+            return original(self, x, recurrent_gate, reset, start, acc_dtype)
+        return torch.ops.effpass.linear_recurrence.default(gate, x, start, None)
+
+    return adapter
+
+
 def _refuse_packed(name: str, kwargs: dict[str, Any]) -> None:
     for packed in ("seq_idx", "cu_seqlens"):
         if kwargs.get(packed) is not None:

@@ -5,6 +5,7 @@ A model that disagrees is an error that names the first node whose value differs
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +136,10 @@ def first_difference(
         for name in part:
             node, want = values[name]
             if name in found and not difference(want, found[name]) <= allowed:
-                place = ", ".join(filter(None, (layer(node), line(node))))
-                return f"the first node that differs is {name} ({node.target}; {place})"
+                if node.target is operator.getitem:
+                    node = node.all_input_nodes[0]
+                place = ", ".join(filter(None, (str(node.target), layer(node), line(node))))
+                return f"the first node that differs is {node.name} ({place})"
     return "every node of the plain graph agrees: the optimiser changed it"
 
 

@@ -94,6 +94,7 @@ class OnnxModel:
 
         See ``stream`` for the arguments. Rows that ended are filled with ``pad_token_id``.
         """
+        self._check_generation(max_new_tokens)
         ids = self._tensor("input_ids", input_ids)
         made = list(self.stream(ids, max_new_tokens, **sampling))
         return torch.cat([ids, *(token[:, None] for token in made)], 1)
@@ -135,7 +136,9 @@ class OnnxModel:
                     return
             ids = token[:, None].to(self._session.inputs["input_ids"])
 
-    def _check_generation(self, max_new_tokens: int, temperature: float, top_k: int | None) -> None:
+    def _check_generation(
+        self, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> None:
         if not self.stateful or self.inputs != ("input_ids",) or "logits" not in self.outputs:
             raise ValueError(
                 "expected a model of input_ids and logits exported with stateful=True, found "

@@ -8,6 +8,7 @@ from typing import Any
 
 from effpass.lowering.ort import (
     causal_conv1d,
+    grouped_mm,
     linear_recurrence,
     selective_scan,
     ssd_scan,
@@ -42,7 +43,8 @@ def table(portable: bool = False) -> tuple[dict[Any, Callable[..., Any]], list[s
         if reason is not None:
             lacks.append(f"{reason}; {name} is written with ai.onnx")
         made[name] = functools.partial(translate, portable=portable or reason is not None)
-    return {OPS[name].overload: _translation(name, made[name]) for name in made}, lacks
+    translations = {OPS[name].overload: _translation(name, made[name]) for name in made}
+    return translations | dict.fromkeys(grouped_mm.overloads(), grouped_mm.grouped_mm), lacks
 
 
 def _translation(name: str, translate: Callable[..., Any]) -> Callable[..., Any]:
