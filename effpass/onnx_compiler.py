@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from effpass.graph.verify import VerificationError, cannot_run, difference
 from effpass.graph.writes import writes
 
+UNREAD = (-1, -1)  # an input that no node reads, a stride perhaps
 MODES = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
 
 
@@ -125,29 +126,28 @@ class _Flat(nn.Module):
         self.places: list[tuple[int, int] | None] = []
         nodes = graph.graph.find_nodes(op="placeholder")
         values = [n.meta.get("val") for n in nodes]
-        count = -1
-        for value, given in zip(values, inputs, strict=True):
+        for node, value, given in zip(nodes, values, inputs, strict=True):
             if isinstance(given, Tensor):
-                count += 1
                 self.places.append(None)
                 continue
-            place = _size_of(value, values)
+            place = UNREAD if not node.users else _size_of(value, values)
             if place is None:
-                raise Unsuitable(f"its input {given} is neither a tensor nor the size of one")
+                raise Unsuitable(f"its input {given} is no tensor, nor the size of one")
             self.places.append(place)
 
     def forward(self, *tensors: Tensor) -> Any:
         """Outputs of the graph that are tensors, and not inputs."""
         each = iter(tensors)
-        given = [
-            next(each) if place is None else tensors[place[0]].shape[place[1]]
-            for place in self.places
-        ]
+        given = [next(each) if place is None else _read(tensors, place) for place in self.places]
         with preserve_node_meta():
             made = Interpreter(self.graph).run(*given)
         nodes = pytree.tree_leaves(self.graph.graph.output_node().args[0])
         leaves = pytree.tree_leaves(made)
         return [v for n, v in zip(nodes, leaves, strict=True) if _computed(n)]
+
+
+def _read(tensors: Sequence[Tensor], place: tuple[int, int]) -> Any:
+    return 0 if place == UNREAD else tensors[place[0]].shape[place[1]]
 
 
 def _computed(node: Any) -> bool:

@@ -17,7 +17,7 @@ CLOSED = -1e4  # what is added to a score that shall not count is at most this
 
 def reach(made: Program, attention: Node) -> int | None:
     """How many tokens one sees, itself included; None: all before it. Raises ExportError."""
-    given = (
+    given: dict[str, Any] = (
         dict(
             zip(
                 ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
@@ -62,7 +62,7 @@ def _evaluated(made: Program, mask: Node, where: str) -> Tensor:
     names = {n.name for n in inputs}
     if not names <= set(made.kwargs):
         raise ExportError(f"stateful: the mask at {where} is made of weights")
-    numbers = [int(a) for n in wanted for a in _numbers(n)]
+    numbers: list[int] = [int(a) for n in wanted for a in _numbers(n)]
     length = max([a for a in numbers if a < 2**31 - 1] + [16]) + 3
     if length > LONGEST:
         raise ExportError(

@@ -191,7 +191,7 @@ def _inputs(program: ExportedProgram) -> list[str]:
 def _outputs(program: ExportedProgram) -> list[str]:
     """Names of the outputs that are tensors, as the model's own output calls them."""
     leaves: Any = program.graph_module.graph.output_node().args[0]
-    spec = program.call_spec.out_spec
+    spec: Any = program.call_spec.out_spec
     paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(leaves))), spec))
     names = {leaf: _path(path) or f"output_{leaf}" for path, leaf in paths}
     return [names[i] for i, leaf in enumerate(leaves) if isinstance(leaf, Node)]

@@ -77,7 +77,7 @@ class OnnxModel:
 
     def start(self, batch: int) -> dict[str, Tensor]:
         """The states before the first token, by the names of their inputs."""
-        dims = {"batch": batch, "past": 0}
+        dims: dict[Any, Any] = {"batch": batch, "past": 0}
         return {
             s["input"]: torch.zeros(
                 [dims.get(d, d) for d in s["shape"]], dtype=getattr(torch, s["dtype"])

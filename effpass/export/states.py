@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import SymInt, Tensor, nn
@@ -119,7 +119,7 @@ class _Lifting:
     def attention(self, node: Node, window: int | None) -> None:
         """Keys and values of the tokens before; ``window``: how many tokens one sees, itself in."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
         query, key, value = (_unrepeated(given[n]) for n in names[:3])
         repeats = given["query"].meta["val"].shape[1] // key.meta["val"].shape[1]
         scale = given.get("scale")
@@ -141,8 +141,8 @@ class _Lifting:
             probe = self.mode.from_tensor(
                 torch.zeros(7), symbolic_context=context, source=ConstantSource("past_length")
             )
-            self.past_length = probe.shape[0]
-            symbol = self.past_length.node.expr
+            self.past_length = length = cast(SymInt, probe.shape[0])
+            symbol = length.node.expr
             self.made.program.range_constraints[symbol] = ValueRanges(0, int_oo)
             self.made.dims[str(symbol)] = "past"
         return [value.shape[0], value.shape[1], self.past_length, value.shape[3]]
@@ -223,27 +223,26 @@ class _Lifting:
 
 
 def _is_zero(start: Any) -> bool:
-    return isinstance(start, Node) and getattr(start.target, "_opname", "") in ZEROS
+    return isinstance(start, Node) and _op(start) in ZEROS
+
+
+def _op(node: Any) -> str:
+    return getattr(getattr(node, "target", None), "_opname", "")
 
 
 def _unrepeated(node: Node) -> Node:
     """Keys of grouped heads before each was repeated: reshape(expand(unsqueeze(k)))."""
-    expand = node
-    while getattr(expand.target, "_opname", "") in ("reshape", "view", "clone", "_unsafe_view"):
-        expand = expand.args[0]  # type: ignore[assignment]
-    if getattr(expand.target, "_opname", "") != "expand":
+    found: Any = node
+    while _op(found) in ("reshape", "view", "clone", "_unsafe_view"):
+        found = found.args[0]
+    if _op(found) != "expand":
         return node
-    source = expand.args[0]
-    if not isinstance(source, Node) or getattr(source.target, "_opname", "") not in (
-        "unsqueeze",
-        "slice",
-    ):
+    found = found.args[0]
+    while _op(found) == "slice":
+        found = found.args[0]
+    if _op(found) != "unsqueeze" or found.args[1] != 2:
         return node
-    while getattr(source.target, "_opname", "") == "slice":
-        source = source.args[0]  # type: ignore[assignment]
-    if getattr(source.target, "_opname", "") != "unsqueeze" or source.args[1] != 2:  # type: ignore[union-attr]
-        return node
-    inner: Any = source.args[0]  # type: ignore[union-attr]
+    inner = found.args[0]
     wide, narrow = node.meta["val"].shape, inner.meta["val"].shape
     fits = len(narrow) == 4 and all(str(wide[d]) == str(narrow[d]) for d in (0, 2, 3))
     return inner if fits else node
@@ -312,7 +311,7 @@ def _pieces(
 ) -> dict[str, Tensor]:
     """Outputs of consecutive calls, joined along the tokens."""
     batch = next(v.shape[0] for v in kwargs.values() if isinstance(v, Tensor))
-    dims = {"batch": batch, "past": 0}
+    dims: dict[Any, Any] = {"batch": batch, "past": 0}
     carried = {
         s["input"]: torch.zeros(
             [dims.get(d, d) for d in s["shape"]], dtype=getattr(torch, s["dtype"])

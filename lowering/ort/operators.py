@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as runtime
+from onnxruntime.capi import onnxruntime_pybind11_state as runtime  # type: ignore[attr-defined]
 
 CONTRIB = "com.microsoft"
 

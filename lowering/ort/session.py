@@ -68,7 +68,7 @@ class Session:
         self.shapes = {i.name: i.shape for i in self._session.get_inputs()}
         self.outputs = {o.name: TYPES[o.type] for o in self._session.get_outputs()}
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self.providers: list[str] = self._session.get_providers()
+        self.providers: list[str] = list(self._session.get_providers())
 
     def run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Runs on tensors by name, without copies of contiguous ones. Raises SessionError."""
