@@ -76,6 +76,11 @@ def compile_graph(
     report.misses += _unraised(graph, report)
     packed = _packed(graph, inputs, config, report)
     if packed is not None:
+        if config.compiler == "onnxruntime":
+            report.compiler = "inductor"
+            reason = "both forms of a packed graph are compiled when they are first run"
+            hint = "Inductor compiles them"
+            report.declined.append(Declined("onnxruntime", "", reason, hint))
         report.declined += _declined_functions(graph)
         report.seconds = time.perf_counter() - started
         (keep or _publish(gm, inputs))(report)

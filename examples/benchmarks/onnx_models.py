@@ -10,6 +10,7 @@ busy machine slows all alike. Numbers of one run are compared with one another o
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -30,6 +31,7 @@ from effpass.lowering.ort.session import Session
 
 Arms = dict[str, Callable[[], Any]]
 SENTENCES = 32
+PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
 def turns(arms: Arms, rounds: int) -> dict[str, dict[str, float]]:
@@ -233,7 +235,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/onnx.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = {"setting": setting(options.threads), **measure(options.quick, options.rounds)}
+    where = setting(options.threads)
+    where["versions"] |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    result = {"setting": where, **measure(options.quick, options.rounds)}
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
