@@ -74,18 +74,7 @@ def compile_graph(
         report.applied += clean(graph)
         stages.graph("raised", graph)
     report.misses += _unraised(graph, report)
-    packed = _packed(graph, inputs, config, report)
-    if packed is not None:
-        if config.compiler == "onnxruntime":
-            report.compiler = "inductor"
-            reason = "both forms of a packed graph are compiled when they are first run"
-            hint = "Inductor compiles them"
-            report.declined.append(Declined("onnxruntime", "", reason, hint))
-        report.declined += _declined_functions(graph)
-        report.seconds = time.perf_counter() - started
-        (keep or _publish(gm, inputs))(report)
-        return packed
-    run = _in_runtime(graph, inputs, config, report)
+    run = _packed(graph, inputs, config, report) or _in_runtime(graph, inputs, config, report)
     if run is not None:
         report.declined += _declined_functions(graph)
         report.seconds = time.perf_counter() - started
@@ -192,6 +181,11 @@ def _packed(
         report.applied.append(found.what)
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
+        if config.compiler == "onnxruntime":
+            report.compiler = "inductor"
+            reason = "both forms of a packed graph are compiled when they are first run"
+            hint = "Inductor compiles them"
+            report.declined.append(Declined("onnxruntime", "", reason, hint))
         return found.run
     return None
 

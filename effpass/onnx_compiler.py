@@ -174,7 +174,8 @@ def _exported(
         sizes = value.shape if isinstance(value, Tensor) else ()
         shapes.append({d: Dim.AUTO for d, s in enumerate(sizes) if isinstance(s, SymInt)})
     plain = tuple(v.detach() for v in given)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's own talk
         return torch.export.export(module, plain, dynamic_shapes=(tuple(shapes),), strict=False)
 
 

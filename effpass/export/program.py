@@ -7,6 +7,7 @@ is raised from plain nodes; then the program's signature is put right again.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,8 @@ def capture(
     shapes = {name: _spec(value, names.get(name, {})) for name, value in example.items()}
     known.install()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # attributes that libraries write to while they run
             program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=True)
     except Exception as error:  # torch's own classes, many
         text = str(error).strip().split("\n\n")[0]
