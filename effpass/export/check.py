@@ -74,17 +74,20 @@ def verify(path: Path, model: nn.Module, made: Program, portable: bool) -> Verif
 
 def samples(made: Program) -> Iterator[tuple[str, dict[str, Any]]]:
     """The example inputs, then others with open dims at 1, and at odd sizes beyond the example."""
-    sizes = {}
+    sizes: dict[str, int] = {}
+    rows, tokens = set(), set()
     for name, dims in made.open.items():
         for dim, called in dims.items():
             sizes.setdefault(called, made.kwargs[name].shape[dim])
+            if dim == 0:
+                rows.add(called)
+            elif dim == 1 and made.kwargs[name].dim() <= 3:
+                tokens.add(called)
     for each in (
         sizes,
-        {called: 1 if called == "batch" else size for called, size in sizes.items()},
-        {called: size + (1 if called == "batch" else 0) for called, size in sizes.items()}
-        | {called: 2 * size + 1 for called, size in sizes.items() if called == "length"},
-        {called: 2 if called == "batch" else size for called, size in sizes.items()}
-        | {called: 1 for called in sizes if called == "length"},
+        sizes | dict.fromkeys(rows, 1),
+        {n: s + (n in rows) + (s + 1) * (n in tokens) for n, s in sizes.items()},
+        sizes | dict.fromkeys(rows, 2) | dict.fromkeys(tokens, 1),
     ):
         kwargs = dict(made.kwargs)
         for name, dims in made.open.items():

@@ -60,6 +60,12 @@ def lift(made: Program) -> list[State]:
 
     Raises ExportError where a layer carries something between tokens that is not understood.
     """
+    named = {called for dims in made.open.values() for called in dims.values()}
+    if named != {"batch", "length"}:
+        raise ExportError(
+            "stateful: expected open dims named batch and length, and no others, found "
+            f"{', '.join(sorted(named)) or 'none'}"
+        )
     lifting = _Lifting(made)
     ops = {op.overload: op for op in OPS.values()}
     attentions = [n for n in lifting.graph.nodes if n.target is ATTENTION]

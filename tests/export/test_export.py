@@ -190,6 +190,27 @@ def test_operators_are_asked_for() -> None:
     assert "has no attribute color" in str(operators.missing("LinearAttention", ("color",)))
 
 
+class Kinds(nn.Module):
+    """Outputs of several dtypes."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"above": x > 0, "order": x.argsort(-1), "half": x.half(), "brain": x.bfloat16()}
+
+
+def test_dtypes_of_outputs(tmp_path: Path) -> None:
+    export(Kinds().eval(), tmp_path / "m.onnx", dynamic={"x": {0: "rows", 1: "tokens"}})
+    x = torch.randn(3, 4, 8)
+    found, expected = effpass.OnnxModel(tmp_path / "m.onnx")(x), Kinds()(x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+
+
+def test_other_names_are_verified_at_other_sizes(tmp_path: Path) -> None:
+    made = export(stack(), tmp_path / "m.onnx", dynamic={"x": {0: "rows", 1: "tokens"}})
+    assert made.sizes[2] == "rows 2, tokens 11" and made.sizes[3] == "rows 2, tokens 1"
+
+
 def test_differences() -> None:
     nan, inf = float("nan"), float("inf")
     cases = [

@@ -88,6 +88,18 @@ def test_what_was_not_lifted_is_found(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_other_names_of_dims_are_refused(tmp_path: Path) -> None:
+    dims = {"x": {0: "rows", 1: "tokens"}}
+    with pytest.raises(effpass.ExportError, match="expected open dims named batch and length"):
+        effpass.export_onnx(
+            Mixer().eval(),
+            (torch.randn(2, 6, 8),),
+            path=tmp_path / "m",
+            dynamic=dims,
+            stateful=True,
+        )
+
+
 def test_sampling_and_stopping(tmp_path: Path) -> None:
     from tests.models.zoo import FAMILIES
 
