@@ -29,7 +29,8 @@ from effpass.debug import Stages
 from effpass.graph.clean import clean, graphs
 from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
-from effpass.lower import lower, reference_form
+from effpass.lower import in_place, lower, reference_form
+from effpass.onnx_compiler import Unsuitable, in_runtime
 from effpass.ops import OPS
 from effpass.passes import packed_rows
 from effpass.passes.boundaries import callers
@@ -83,7 +84,7 @@ def compile_graph(
     report.declined += _declined_functions(graph)
 
     def finish() -> Callable[..., Any]:
-        run = _packed(graph, inputs, config, report)
+        run = _packed(graph, inputs, config, report) or _in_runtime(graph, inputs, config, report)
         return run or _lowered(graph, before, inputs, config, report, stages)
 
     rows = packed_rows.find_rows(graph, marks, _forms(config, report), finish)
@@ -227,8 +228,31 @@ def _packed(
         report.applied += found.what
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
+        if config.compiler == "onnxruntime":
+            report.compiler = "inductor"
+            reason = "both forms of a packed graph are compiled when they are first run"
+            hint = "Inductor compiles them"
+            report.declined.append(Declined("onnxruntime", "", reason, hint))
         return found.run
     return None
+
+
+def _in_runtime(
+    graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> Callable[..., Any] | None:
+    """The graph in ONNX Runtime, where that was asked for and can be."""
+    if config.compiler != "onnxruntime":
+        return None
+    try:
+        run, report.verified = in_runtime(graph, inputs)
+    except Unsuitable as reason:
+        report.compiler = "inductor"
+        hint = "Inductor compiles this graph"
+        report.declined.append(Declined("onnxruntime", "", str(reason), hint))
+        return None
+    report.chosen += in_place(graph, "onnxruntime")
+    report.nodes_after = len(graph.graph.nodes)
+    return run
 
 
 def _publish(gm: GraphModule, inputs: Sequence[Any]) -> Callable[[GraphReport], None]:

@@ -1,4 +1,4 @@
-"""The same from a shell: ``effpass explain module:factory``."""
+"""The same from a shell: ``effpass explain module:factory``, ``effpass export module:factory``."""
 
 from __future__ import annotations
 
@@ -40,9 +40,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="VALUE[:NAME]",
         help="how a value got its token dim (VALUE:batch: its batch dim)",
     )
+    write = commands.add_parser(
+        "export",
+        help="write a model as ONNX, verified against eager",
+        description="FACTORY as for explain; the model must be in evaluation mode.",
+    )
+    write.add_argument("factory", metavar="MODULE:FACTORY")
+    write.add_argument("path", metavar="FILE", help="where to write the model")
+    write.add_argument("--options", default="{}", help="options as for torch.compile, in JSON")
+    write.add_argument("--dynamic", default="null", help="open dims, {input: {dim: name}}, in JSON")
+    write.add_argument("--stateful", action="store_true", help="states as inputs and outputs")
+    write.add_argument("--portable", action="store_true", help="operators of ai.onnx alone")
+    write.add_argument("--no-verify", action="store_true", help="do not compare with eager")
     arguments = parser.parse_args(argv)
     try:
-        return _explain(arguments)
+        return {"explain": _explain, "export": _export}[arguments.command](arguments)
     except UsageError as error:
         parser.exit(2, f"effpass: {error}\n")
 
@@ -73,6 +85,44 @@ def _why(report: Report, asked: str) -> str:
     if not found:
         raise UsageError(f"expected --why of a value of one of the graphs, found {value!r}")
     return "\n".join(found)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    try:
+        from effpass import ExportError, export_onnx
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    options, dynamic = _options(arguments.options), _dims(arguments.dynamic)
+    model, args, kwargs = _made(arguments.factory)
+    try:
+        made = export_onnx(
+            model,
+            args,
+            kwargs,
+            path=arguments.path,
+            options=options,
+            dynamic=dynamic,
+            stateful=arguments.stateful,
+            portable=arguments.portable,
+            verify=not arguments.no_verify,
+        )
+    except ExportError as error:
+        raise UsageError(str(error)) from error
+    Console().print(str(made))
+    return 0
+
+
+def _dims(text: str) -> dict[str, dict[int, str]] | None:
+    try:
+        given = json.loads(text)
+        if given is None:
+            return None
+        return {name: {int(d): str(n) for d, n in dims.items()} for name, dims in given.items()}
+    except (ValueError, AttributeError) as error:
+        raise UsageError(
+            f'expected --dynamic to be JSON like {{"input_ids": {{"1": "length"}}}}, '
+            f"found {text!r}: {error}"
+        ) from error
 
 
 def _options(text: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from effpass.passes.pack_varlen import PackVarlen
 
 PASSES: dict[str, type] = {PackVarlen.name: PackVarlen}  # in the order in which they run
-COMPILERS = ("inductor", "eager")
+COMPILERS = ("inductor", "eager", "onnxruntime")
 TARGETS = ("step", "cpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -21,7 +21,8 @@ class Config:
 
     ``passes``: passes that change layout or numbers, in their fixed order; as an option, each by
     its name: ``{"pack_varlen": True}``.
-    ``compiler``: what compiles the rewritten graph, ``"inductor"`` or ``"eager"`` (run as it is).
+    ``compiler``: what compiles the rewritten graph: ``"inductor"``, ``"eager"`` (run as it is) or
+    ``"onnxruntime"`` (inference; what it cannot run is declined, and compiled by Inductor).
     ``targets``: implementations allowed for ops besides ``inline``, of TARGETS; None for all.
     ``mode``: a mode of ``torch.compile`` for Inductor. ``inductor``: Inductor's own options.
     ``verify``: run the rewritten graph beside the captured one before using it. ``strict``: raise

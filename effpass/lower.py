@@ -29,6 +29,17 @@ def lower(gm: GraphModule, targets: Sequence[str] | None = None) -> list[Chosen]
     return chosen
 
 
+def in_place(gm: GraphModule, implementation: str) -> list[Chosen]:
+    """Records of ops that stay as they are, for a compiler that has a form of its own for each."""
+    ops = {op.overload: op for op in OPS.values()}
+    return [
+        Chosen(ops[node.target].name, layer(node), implementation, (), line(node))
+        for body in graphs(gm)
+        for node in body.graph.nodes
+        if node.target in ops
+    ]
+
+
 def reference_form(gm: GraphModule) -> GraphModule:
     """A copy in which every op runs its reference function: what verification compares with."""
     made = _copy(gm)

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from effpass.cli import main
+from tests.tiny import small
 
 
 def test_explain_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,3 +46,24 @@ def test_axes_and_chains(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["explain", "tests.tiny:small", "--why", "no_such"])
     assert "expected the name of a value" in capsys.readouterr().err
+
+
+def evaluated() -> tuple[torch.nn.Module, tuple[torch.Tensor]]:
+    """A factory whose model is in evaluation mode."""
+    model, inputs = small()
+    return model.eval(), inputs
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.onnx"
+    dims = '{"x": {"0": "rows", "1": "tokens"}}'
+    assert main(["export", "tests.test_cli:evaluated", str(path), "--dynamic", dims]) == 0
+    assert "largest error" in capsys.readouterr().out and path.is_file()
+    for arguments, text in (
+        (["tests.tiny:small", str(path)], "call model.eval"),
+        (["tests.test_cli:evaluated", str(path), "--dynamic", "[]"], "expected --dynamic to be"),
+        (["tests.test_cli:evaluated", str(tmp_path)], "found the directory"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["export", *arguments])
+        assert text in capsys.readouterr().err.replace("\n", " ")

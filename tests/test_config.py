@@ -23,7 +23,9 @@ def test_unknown_option_far_from_all_points_to_inductor() -> None:
 
 
 def test_unknown_value_names_the_choices_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"one of inductor, eager, found 'inductr'; did you mean"):
+    with pytest.raises(
+        ValueError, match=r"one of inductor, eager, onnxruntime, found 'inductr'; did you mean"
+    ):
         Config.from_options({"compiler": "inductr"})
     with pytest.raises(ValueError, match="expected targets to be one of"):
         Config.from_options({"targets": ["gpu"]})

@@ -136,3 +136,13 @@ def test_rows_are_in_the_tables_order() -> None:
     compare = load("benchmarks/compare.py")
     args = argparse.Namespace(rows="lengths,bert,mamba1_forward", full=False)
     assert compare.names(args) == ["mamba1_forward", "bert", "lengths"]
+
+
+@pytest.mark.slow
+def test_exported_models(tmp_path: Path) -> None:
+    out = tmp_path / "onnx.json"
+    run("benchmarks/onnx_models.py", "--quick", "--rounds=1", f"--out={out}", folder=tmp_path)
+    result = json.loads(out.read_text())
+    assert {row["op"] for row in result["operators"]} >= {"ssd_scan", "selective_scan"}
+    assert result["mamba2"]["nodes"] < result["mamba2"]["stock_nodes"]
+    assert result["mamba2"]["error"] < 1e-4 and result["minilm"]["error"] < 1e-4

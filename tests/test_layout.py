@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"axes", "graph", "rows"},
     {"ops"},
     {"patterns", "passes", "fit", "capture", "lowering"},
-    {"config", "lower", "ledger", "debug"},
+    {"config", "lower", "ledger", "debug", "onnx_compiler"},
     {"backend"},
     {"explain", "export"},
     {"effpass"},  # the public names

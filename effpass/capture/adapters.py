@@ -166,6 +166,26 @@ def mamba2_split_conv1d_scan_combined(original: Function) -> Function:
     return adapter
 
 
+def rnn_scan(original: Function) -> Function:
+    """RecurrentGemma's loop over tokens, a method: ``hidden_states``, ``recurrent_gate`` (b, t, d);
+    ``reset`` (b, t, 1) booleans, true where a sequence begins; ``recurrent_states`` (b, d)."""
+
+    def adapter(
+        self: Any,
+        hidden_states: Tensor,
+        recurrent_gate: Tensor,
+        reset: Tensor,
+        recurrent_states: Tensor | None,
+        acc_dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        gate, x, start = recurrent_gate * ~reset, hidden_states, recurrent_states
+        if gate.dtype != x.dtype or acc_dtype != torch.float32 or x.dtype == torch.float64:
+            return original(self, x, recurrent_gate, reset, start, acc_dtype)
+        return torch.ops.effpass.linear_recurrence.default(gate, x, start, None)
+
+    return adapter
+
+
 def _scan_dtype(x: Tensor, D: Tensor | None, z: Tensor | None) -> torch.dtype:
     """What transformers' scan answers in: a matmul's dtype, promoted by ``D x`` and by ``z``."""
     device = x.device.type

@@ -134,6 +134,20 @@ def package_conv_step(make: Make) -> list[Arguments]:
     return [flat, *conv_step(make, x="x")]
 
 
+def rnn_scan(make: Make) -> list[Arguments]:
+    """RecurrentGemma's method, whose first token of a sequence is marked by ``reset``."""
+
+    def required(t: int, first: bool) -> Arguments:
+        reset = make(B, t, 1) > 1
+        reset[:, 0] = first
+        gates = {"recurrent_gate": make(B, t, D).sigmoid(), "reset": reset}
+        states = None if first else make(B, D)
+        values = {"self": SimpleNamespace(), "hidden_states": make(B, t, D)}
+        return values | gates | {"recurrent_states": states}
+
+    return [required(5, True), required(1, True), required(1, False), required(5, False)]
+
+
 def method_scan(make: Make) -> list[Arguments]:
     """``mambapy``'s methods, which read two sizes from ``self.config``."""
     block = SimpleNamespace(config=SimpleNamespace(d_inner=D, d_state=N))

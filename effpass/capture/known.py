@@ -233,7 +233,9 @@ def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | N
     except ValueError as error:
         return f"Dynamo refused it: {error}"
     if owner is not None:
-        setattr(owner, row.name, _by_name(function))
+        method = _by_name(function)
+        _claim(method)  # it is no other function to substitute
+        setattr(owner, row.name, method)
     return None
 
 

@@ -115,6 +115,19 @@ TRANSFORMERS = (
     ),
 )
 
+GEMMA = (
+    Row(
+        "_rnn_scan",
+        "self hidden_states recurrent_gate reset recurrent_states acc_dtype",
+        "linear_recurrence",
+        adapters.rnn_scan,
+        cases.rnn_scan,
+        within="transformers",
+        method=True,
+        bfloat16=False,  # its mask of resets is boolean
+    ),
+)
+
 MAMBA_SSM = (
     Row(
         "selective_scan_fn",
@@ -216,4 +229,4 @@ MAMBAPY = tuple(
     for name in ("selective_scan", "selective_scan_seq")
 )
 
-TABLE: tuple[Row, ...] = (*TRANSFORMERS, *MAMBA_SSM, *CAUSAL_CONV1D, *MAMBAPY)
+TABLE: tuple[Row, ...] = (*TRANSFORMERS, *GEMMA, *MAMBA_SSM, *CAUSAL_CONV1D, *MAMBAPY)

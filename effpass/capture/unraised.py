@@ -24,7 +24,6 @@ WITHOUT_OP: dict[str, str] = {
     "recurrent_kimi_delta_attention": DELTA_RULE,
     "rwkv_linear_attention": RWKV,
     "rwkv_linear_attention_cpu": RWKV,
-    "_rnn_scan": "a method, not a function: only a pattern could raise it to linear_recurrence",
     "mamba_inner_fn": FUSED,
     "mamba_split_conv1d_scan_combined": FUSED,
     "ssd_selective_scan": "a reference with numbers a channel, where ssd_scan has them a head",

@@ -161,16 +161,15 @@ def test_packed_sequences_are_refused(row: Row, packed: str) -> None:
         Traced(lambda values: function(row)(**values))(arguments)
 
 
-@pytest.mark.parametrize("family", ["recurrent_gemma", "qwen3_next", "rwkv"])
+@pytest.mark.parametrize("family", ["qwen3_next", "rwkv"])
 def test_what_is_not_raised_is_found_once_a_layer(family: str) -> None:
     model, make_inputs = FAMILIES[family]()
     traced = Traced(model)
     with torch.no_grad():
         traced(**make_inputs(2, 5, False))
     rows = known.find_unraised(traced.graphs[0].graph)
-    names = {"recurrent_gemma": "_rnn_scan", "qwen3_next": "torch_chunk_gated_delta_rule"}
     assert [name for _, name, _ in rows] == (
-        ["rwkv_linear_attention"] * 2 if family == "rwkv" else [names[family]]
+        ["rwkv_linear_attention"] * 2 if family == "rwkv" else ["torch_chunk_gated_delta_rule"]
     )
     assert all(node.meta["nn_module_stack"] and reason for node, _, reason in rows)
 

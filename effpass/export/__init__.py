@@ -1,0 +1,1 @@
+"""ONNX: unmodified models as files that ONNX Runtime runs. Needs the extra ``onnx``."""
