@@ -1,0 +1,1 @@
+"""Token reduction: which tokens leave a sequence, what becomes of them, and the graph that does it."""
