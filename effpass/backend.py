@@ -29,6 +29,7 @@ from effpass.graph.verify import VerificationError, verify
 from effpass.lower import lower, reference_form
 from effpass.ops import OPS
 from effpass.passes.pack_varlen import Forms
+from effpass.passes.reduce_tokens import Forms as ReducedForms
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -164,13 +165,16 @@ def _packed(
             made = capture(gm, given)
             clean(made)
             chosen[form] = lower(made, config.targets)
-            report.chosen = chosen.get("packed") or chosen[form]
+            fast = chosen.get("packed") or chosen.get("reduced")
+            report.chosen = fast or chosen[form]
             return _compile(made, given, config)
 
         return finish
 
-    for each in config.passes:
+    for i, each in enumerate(config.passes):
         found = each.apply(graph, compile)
+        if found is None:
+            continue
         if isinstance(found, Declined):
             report.declined.append(found)
             continue
@@ -179,18 +183,26 @@ def _packed(
         report.applied.append(found.what)
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
+        reason = f"{each.name} already runs this graph, and the two are not combined yet"
+        report.declined += [Declined(p.name, "", reason) for p in config.passes[i + 1 :]]
+        if isinstance(found, ReducedForms):
+            report.reductions.append(found.reduction)
         return found.run
     return None
 
 
-def _agree(forms: Forms, inputs: Sequence[Any], config: Config, report: GraphReport) -> bool:
+def _agree(
+    forms: Forms | ReducedForms, inputs: Sequence[Any], config: Config, report: GraphReport
+) -> bool:
     try:
         report.verified = forms.verify(inputs)
     except VerificationError as error:
         if config.strict:
             raise
-        report.verified = f"failed: {error}; the graph runs with its padding"
-        warnings.warn(f"effpass: verification failed in pack_varlen: {error}", stacklevel=2)
+        report.verified = f"failed: {error}; the graph runs as it was"
+        warnings.warn(
+            f"effpass: verification failed in {forms.what.rewrite}: {error}", stacklevel=2
+        )
         return False
     return True
 

@@ -109,7 +109,8 @@ def test_rivals_are_the_oracles(tokens: int, keep: float, ties: bool, side: str,
         same(found["pumer"], paired, row)
         same(found["evit"], oracle.lowest(score[row].numpy(), kind, gone), row)
         places = np.cumsum([k == oracle.REAL for k in kind]) - 1
-        parity = np.array([p % 2 if k == oracle.REAL else 0 for p, k in zip(places, kind)])
+        odd = [p % 2 * (k == oracle.REAL) for p, k in zip(places, kind, strict=True)]
+        parity = np.array(odd)
         same(found["prefix"], oracle.lowest(parity, kind, gone), row)
 
 

@@ -1,1 +1,1 @@
-"""Token reduction: which tokens leave a sequence, what becomes of them, and the graph that does it."""
+"""Token reduction: which tokens leave, what becomes of them, and the graph that does it."""

@@ -125,7 +125,7 @@ def _order(rule: Rule, score: Tensor | None, kinds: Tensor) -> Tensor:
 
 
 def _lexicographic(*keys: Tensor) -> Tensor:
-    """Indices (b, N) that sort by the first key, equal ones by the second, and so on; then place."""
+    """Indices (b, N) that sort by the first key, equal ones by the next one, at last by place."""
     order = torch.arange(keys[0].shape[1], device=keys[0].device).expand_as(keys[0])
     for key in reversed(keys):
         order = _at(order, _at(key, order).argsort(dim=1, stable=True))
