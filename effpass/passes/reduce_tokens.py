@@ -6,7 +6,6 @@ UTRC: arXiv 2410.14725, "Rethinking Token Reduction for State Space Models", as 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +39,7 @@ LOOK_AHEAD = (
     "which tokens leave, and merges, look ahead: only the rows of the protected tail are valid "
     "predictions"
 )
+CAUSAL = "with a loss on other rows set causal=True"
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class ReduceTokens:
             return self._apply(gm, compile)
         except Irreducible as reason:
             code = f"{self.name}:{reason.code}"
-            return Declined(code, reason.where, reason.reason, reason.hint)
+            return Declined(code, reason.where, reason.text(), reason.hint)
 
     def _apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms:
         _refuse(gm)
@@ -167,14 +167,13 @@ class ReduceTokens:
         reducer = Reducer(gm, found, blocks, settings, inside, mask)
         reduced = reducer.build()
         plan = self._plan(costs, anchors, tokens)
-        if causal and not self.causal and _trained(gm) and reducer.restores:
-            warnings.warn(f"effpass: reduce_tokens in training: {LOOK_AHEAD}; with a loss on "
-                          "other rows set causal=True", stacklevel=2)  # fmt: skip
+        ahead = causal and not self.causal and reducer.restores
+        warning = f"effpass: reduce_tokens in training: {LOOK_AHEAD}; {CAUSAL}" if ahead else None
         forms = {"plain": 0, "reduced": 0}
         both = (compiled(gm, compile("plain")), compiled(reduced, compile("reduced")))
         record = _record(self, costs, blocks, plan(tokens), anchors, causal)
         return Forms(
-            gm, reduced, Reduced(length, plan, *both, forms), self._what(blocks, anchors),
+            gm, reduced, Reduced(length, plan, *both, forms, warning), self._what(blocks, anchors),
             reducer, record,
         )  # fmt: skip
 
@@ -279,13 +278,6 @@ def _ordered(mixer: Node) -> bool:
             seen.add(node)
             pending += node.all_input_nodes
     return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in seen)
-
-
-def _trained(gm: GraphModule) -> bool:
-    inputs = (n.meta.get("val") for n in gm.graph.find_nodes(op="placeholder"))
-    return torch.is_grad_enabled() and any(
-        isinstance(v, Tensor) and v.requires_grad for v in inputs
-    )
 
 
 def _drawn(node: Node) -> bool:

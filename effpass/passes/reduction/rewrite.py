@@ -91,7 +91,11 @@ class Reducer:
         self.carriers = [self.graph.placeholder(f"kept_{i}") for i in self.settings.anchors]
         for node in self.gm.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                self._add(node)
+                try:
+                    self._add(node)
+                except Irreducible as reason:
+                    reason.chain = self._chain(node)
+                    raise
         output = self.gm.graph.output_node()
         for leaf in pytree.tree_leaves(output.args[0]):
             if isinstance(leaf, Node) and self.stage(leaf) and leaf in self._caches:
@@ -103,6 +107,16 @@ class Reducer:
         self.graph.lint()
         made.recompile()
         return made
+
+    def _chain(self, node: Node) -> list[Node]:
+        """The nodes along which fewer tokens reach a node, from the anchor on."""
+        found = [node]
+        while found[-1] not in self.anchors:
+            nearer = [n for n in found[-1].all_input_nodes if self.stage(n) or n in self.anchors]
+            if not nearer:
+                break
+            found.append(nearer[-1])
+        return found[::-1]
 
     def stage(self, node: Node) -> int:
         """At which stage a value's tokens are; 0 for what holds none."""
@@ -280,16 +294,27 @@ class Reducer:
         stage, place = self.stage(source), self.stream.of(source)
         if not stage or place.holds is Holds.NEITHER:
             return self.env[source]
+        reads = self.stages[stage].reads
+        if place.holds is Holds.TOKENS and self._flat(source):
+            return self.once(
+                (source, "full"),
+                lambda: self.call(steps.gathered_flat, self.env[source], reads, place.token),
+            )
         rows = place.batch is not None or self.stream.one_row
         if place.holds is Holds.PAIRS or not place.alone or not rows:
             text = self.stream.solution.text(source)
             reason = f"{text} cannot be brought back to all tokens"
             raise Irreducible("restore", source, reason)
-        reads = self.stages[stage].reads
         return self.once(
             (source, "full"),
             lambda: self.call(steps.gathered, self.env[source], reads, place.batch, place.token),
         )
+
+    def _flat(self, source: Node) -> bool:
+        """Whether rows and tokens are one dim of a value, rows first."""
+        place, dims = self.stream.of(source), self.stream.solution.dims(source)
+        both = self.stream.batch + self.stream.token
+        return place.token is not None and place.batch == place.token and dims[place.token] == both
 
     def first_stage(self, like: Node) -> None:
         """Makes stage 0, whose tokens are those of a value of the stream."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,8 @@ class Reduced:
     """Runs the reduced form of a graph, or the plain one for inputs too short to lose a token.
 
     ``lengths`` of a number of tokens: how many there are in front of the first anchor and behind
-    each. ``counts`` says how often each form ran.
+    each. ``counts`` says how often each form ran. ``warning``: what is said, once, when gradients
+    are recorded.
     """
 
     length: Length
@@ -79,6 +81,7 @@ class Reduced:
     plain: Run
     reduced: Run
     counts: dict[str, int]
+    warning: str | None = None
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of the graph for these inputs."""
@@ -87,11 +90,18 @@ class Reduced:
             self.counts["plain"] += 1
             return self.plain(*inputs)
         self.counts["reduced"] += 1
+        if self.warning is not None and _trained(inputs):
+            warnings.warn(self.warning, stacklevel=2)
+            self.warning = None
         sizes = carriers(found)
         if not self.length.fixed:
             for each in sizes:
                 maybe_mark_dynamic(each, 0)
         return self.reduced(*inputs, *sizes)
+
+
+def _trained(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in inputs)
 
 
 def carriers(lengths: Sequence[int]) -> list[Tensor]:
@@ -129,7 +139,8 @@ def compiled(gm: GraphModule, compile: Compile) -> Run:
         every = [None if i in found else value for i, value in enumerate(given)]
         for i, dims in symbolic.items():
             if dims:
-                every[i] = given[i].view_as(given[i])  # the user's tensor stays unmarked
+                # the user's tensor stays unmarked, unless Dynamo would warn of a view's gradient
+                every[i] = given[i] if given[i].requires_grad else given[i].view_as(given[i])
                 maybe_mark_dynamic(every[i], dims)
         return made(*every)
 

@@ -109,6 +109,12 @@ def gathered_shared(x: Tensor, at: Tensor, batch: int, token: int, rank: int) ->
     )
 
 
+def gathered_flat(x: Tensor, at: Tensor, dim: int) -> Tensor:
+    """A tensor with rows and tokens in one dim, at positions ``at`` (b, m) of each row."""
+    rows = x.unflatten(dim, (at.shape[0], -1))
+    return gathered(rows, at, dim, dim + 1).flatten(dim, dim + 1)
+
+
 def gathered_pairs(mask: Tensor, at: Tensor) -> Tensor:
     """A mask (.., N or 1, N or 1) of queries and keys, of the tokens at ``at`` (b, m): 4 dims."""
     mask = mask[(None,) * (4 - mask.dim())]

@@ -14,6 +14,7 @@ from effpass.graph.source import layer, line
 from effpass.ops import OPS
 
 ATTENTION = "scaled_dot_product_attention"
+SHOWN = 8  # operations of a chain that are named
 
 
 class Irreducible(Exception):
@@ -22,7 +23,16 @@ class Irreducible(Exception):
     def __init__(self, code: str, node: Node | None, reason: str, hint: str = "") -> None:
         super().__init__(reason)
         self.code, self.reason, self.hint = code, reason, hint
+        self.chain: list[Node] = []
         self.where = "" if node is None else " ".join(filter(None, (layer(node), line(node))))
+
+    def text(self) -> str:
+        """The reason, and the chain of operations from the anchor to where it applies."""
+        names = [opname(n) or effpass_op(n) or n.name for n in self.chain]
+        if len(names) < 2:
+            return self.reason
+        shown = names if len(names) <= SHOWN else [names[0], "...", *names[1 - SHOWN :]]
+        return f"{self.reason}: {' -> '.join(shown)}"
 
 
 class Holds(StrEnum):
