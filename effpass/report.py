@@ -13,6 +13,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from effpass.token_report import Reduction, token_tables
+
 # the ops that stand in graphs as nodes; whatever else is raised is torch's own, or only recorded
 NODES = frozenset(
     ("selective_scan", "ssd_scan", "linear_recurrence", "causal_conv1d", "varlen_attention")
@@ -83,42 +85,6 @@ class Chosen:
     implementation: str
     refused: tuple[tuple[str, str], ...] = ()
     source: str = ""
-
-
-@dataclass(frozen=True)
-class TokenStep:
-    """What became of the tokens of row 0 behind one anchor block; all by their first positions.
-
-    ``before``: how many there were. ``merged``: each that left by where it went. ``dropped``: those
-    that left without.
-    """
-
-    block: int
-    where: str
-    before: int
-    kept: tuple[int, ...]
-    merged: dict[int, int]
-    dropped: tuple[int, ...]
-
-
-@dataclass
-class Reduction:
-    """What token reduction saves, predicted for the length that a graph was compiled with.
-
-    ``ratio``: the share asked for. ``saved``: the share of the stack's operations (embedding and
-    head apart). ``operations`` and ``activation_bytes``: of one row's stack, before and after.
-    ``lengths``: tokens in front of the first anchor and behind each. ``valid``: which rows may be
-    believed. ``steps``: the token map, where the graph was verified (as ``explain`` does).
-    """
-
-    method: str
-    ratio: float | None
-    saved: float
-    operations: tuple[float, float]
-    activation_bytes: tuple[float, float]
-    lengths: tuple[int, ...]
-    valid: str
-    steps: list[TokenStep] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -265,7 +231,7 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
     if graph.forms:
         calls = ", ".join(f"{name} {count}" for name, count in graph.forms.items())
         yield Text(f"  calls of each form: {calls}")
-    yield from (part for each in graph.reductions for part in _token_table(each))
+    yield from (part for each in graph.reductions for part in token_tables(each))
     if graph.coverage:
         yield _coverage_table(graph.coverage)
     else:
@@ -290,35 +256,6 @@ def _coverage_table(coverage: list[Coverage]) -> Table:
         miss += f" (and {row.others} more)" if row.others else ""
         table.add_row(where, found, miss, row.nearest.source if row.nearest else "")
     return table
-
-
-def _token_table(reduction: Reduction) -> Iterable[Any]:
-    before, after = (f"{n / 1e9:.3g}" for n in reduction.operations)
-    size, smaller = (f"{n / 2**20:.3g}" for n in reduction.activation_bytes)
-    asked = "" if reduction.ratio is None else f" of {reduction.ratio:.1%} asked for"
-    lengths = " -> ".join(map(str, reduction.lengths))
-    yield Text(
-        f"  tokens: {reduction.method}, {lengths}; predicted for one row: {reduction.saved:.1%} of "
-        f"the stack's operations saved{asked} ({before} -> {after} G), activations {size} -> "
-        f"{smaller} MiB. {reduction.valid[0].upper()}{reduction.valid[1:]}."
-    )
-    if not reduction.steps:
-        return
-    title = "tokens of row 0: o stays, m is merged, x is dropped"
-    table = _table(title, ("behind block", "layer", "tokens", "merged", "dropped", "map"))
-    for step in reduction.steps:
-        counts = f"{step.before} -> {len(step.kept)}"
-        row = (len(step.merged), len(step.dropped), _map(step, reduction.lengths[0]))
-        table.add_row(str(step.block), step.where, counts, *map(str, row))
-    yield table
-
-
-def _map(step: TokenStep, tokens: int) -> str:
-    marks = ["."] * tokens  # those that left before
-    for positions, mark in ((step.kept, "o"), (step.merged, "m"), (step.dropped, "x")):
-        for position in positions:
-            marks[position] = mark
-    return "".join(marks[:256]) + ("..." if tokens > 256 else "")
 
 
 def _chosen_table(chosen: list[Chosen]) -> Table:

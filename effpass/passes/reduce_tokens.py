@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import opname
-from effpass.axes.relation import arguments, is_tensor
+from effpass.axes.relation import arguments, is_tensor, values
 from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.reduction.anchors import Settings
@@ -31,7 +31,8 @@ from effpass.passes.reduction.schedule import CHECKED, auto, lengths, reachable,
 from effpass.passes.reduction.scores import SCORES
 from effpass.passes.reduction.stream import ATTENTION, Irreducible, effpass_op, stream
 from effpass.passes.reduction.token_map import token_map
-from effpass.report import Applied, Declined, Reduction
+from effpass.report import Applied, Declined
+from effpass.token_report import Reduction
 
 ORDERS = frozenset(("tril", "triu", "le", "lt", "ge", "gt"))  # what causal masks are made with
 MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode")
@@ -295,7 +296,7 @@ def _record(
     causal: bool,
 ) -> Reduction:
     whole = (found[0],) * len(found)
-    item = next(iter(blocks[0].add.meta["val"].shape)) and blocks[0].add.meta["val"].element_size()
+    item = values(blocks[0].add)[0].element_size()
     valid = (
         LOOK_AHEAD if causal and not options.causal else "rows do not read merges of later tokens"
     )

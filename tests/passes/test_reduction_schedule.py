@@ -33,8 +33,10 @@ def test_anchors_lie_inside_every_stack(blocks: int) -> None:
 
 @pytest.mark.parametrize(
     ("blocks", "ratio", "final"),
-    [(64, 0.1, 0.825), (64, 0.2, 0.656), (64, 0.3, 0.495)]
-    + [(48, 0.1, 0.808), (48, 0.2, 0.626), (48, 0.3, 0.455)],
+    [
+        *[(64, 0.1, 0.825), (64, 0.2, 0.656), (64, 0.3, 0.495)],
+        *[(48, 0.1, 0.808), (48, 0.2, 0.626), (48, 0.3, 0.455)],
+    ],
 )
 def test_the_papers_lengths(blocks: int, ratio: float, final: float) -> None:
     """The share of tokens that is left at the end, for the paper's stacks and ratios."""

@@ -26,13 +26,13 @@ class Length:
     """The number of tokens as a function of the inputs."""
 
     size: sympy.Expr
-    sources: dict[sympy.Symbol, Source]
+    sources: dict[Any, Source]
     captured: int = 0
 
     @staticmethod
     def of(size: sympy.Expr, gm: GraphModule) -> Length | None:
         """None where the inputs do not tell."""
-        places, known = dict[sympy.Expr, Source](), dict[sympy.Expr, int]()
+        places, known = dict[Any, Source](), dict[Any, int]()
         for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = node.meta.get("val")
             if isinstance(value, SymInt):
@@ -46,7 +46,7 @@ class Length:
         if not all(s in places for s in symbols):
             return None
         captured = int(size.subs({s: known[s] for s in symbols}))
-        return Length(size, {s: places[s] for s in symbols}, captured)  # type: ignore[misc]
+        return Length(size, {s: places[s] for s in symbols}, captured)
 
     @property
     def hint(self) -> int:
@@ -60,7 +60,7 @@ class Length:
 
     def __call__(self, inputs: Sequence[Any]) -> int:
         """The number of tokens of these inputs."""
-        known = {
+        known: Any = {
             symbol: inputs[i] if d is None else inputs[i].shape[d]
             for symbol, (i, d) in self.sources.items()
         }

@@ -192,7 +192,7 @@ def aligned_scan(name: str, mode: str, at: Tensor, given: dict[str, Any]) -> tup
     if name == "ssd_scan":
         steps = steps.clamp(given["dt_min"], dt_max)
     gap = gaps(at)[..., None].to(wide)
-    if mode == "repeat":
+    if mode == "repeat" or bias is None:
         longer, share = steps * (1 + gap), (1 / (1 + gap)).expand_as(steps)
     else:
         longer = steps + gap * softplus(bias.to(wide))

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from effpass.graph.source import layer
 from effpass.graph.verify import run_copy
 from effpass.passes.reduction.run import carriers
-from effpass.report import TokenStep
+from effpass.token_report import TokenStep
 
 if TYPE_CHECKING:
     from effpass.passes.reduction.rewrite import Reducer
