@@ -208,7 +208,7 @@ def test_one_block_and_no_mixer_are_declined() -> None:
         assert codes(run) == [f"reduce_tokens:{code}"]
 
 
-@pytest.mark.parametrize("head", [small.first, small.masked_mean, small.steered])
+@pytest.mark.parametrize("head", [small.first, small.masked_mean])
 def test_heads_read_all_tokens(head: small.Head) -> None:
     """What comes behind the last block runs on restored tokens, and equals that by hand."""
     torch.manual_seed(0)

@@ -71,7 +71,12 @@ def test_lengths_by_hand() -> None:
     assert lengths(3, 0.5, 1, 7) == (3, 3)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=SLOW) for f in ("bert", "vit"))]
+)
 def test_operations_are_those_that_torch_counts(family: str) -> None:
     """Of one row, the embedding and the head apart; whole attention, also where it is causal."""
     model, make_inputs = FAMILIES[family]()
