@@ -99,8 +99,9 @@ def test_training_through_reduction(family: str) -> None:
             out = tokens(run(**make_inputs(3, length, True)))
             found[compiler] += torch.autograd.grad(out.square().mean(), weights, allow_unused=True)
     for mine, theirs in zip(found["inductor"], found["eager"], strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
+        if theirs is None:  # AOTAutograd answers zeros for weights of outputs that nobody reads
+            assert mine is None or not mine.any()
+        else:
             close(mine, theirs, "zoo_gradient_fp32")
 
 
