@@ -12,6 +12,7 @@ from effpass.debug import dump
 from effpass.explain import explain
 from effpass.ledger import report
 from effpass.passes.pack_varlen import PackVarlen
+from effpass.passes.reduce_tokens import ReduceTokens
 from effpass.report import Report
 from effpass.rows import PackedDataset, pack
 
@@ -29,6 +30,7 @@ __all__ = [
     "OnnxModel",
     "PackVarlen",
     "PackedDataset",
+    "ReduceTokens",
     "Report",
     "dump",
     "explain",

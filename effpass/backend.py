@@ -34,6 +34,7 @@ from effpass.onnx_compiler import Unsuitable, in_runtime
 from effpass.ops import OPS
 from effpass.passes import packed_rows
 from effpass.passes.boundaries import callers
+from effpass.passes.reduce_tokens import Forms as ReducedForms
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -216,14 +217,16 @@ def _packed(
     graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
 ) -> Callable[..., Any] | None:
     """The graph with and without padding as one callable, where that was asked for and can be."""
-    for each in config.passes:
+    for i, each in enumerate(config.passes):
         found = each.apply(graph, _forms(config, report))
+        if found is None:
+            continue
         if isinstance(found, Declined):
             report.declined.append(found)
             continue
         if config.verify:
             compare = functools.partial(found.verify, inputs)
-            if not _agree(each.name, compare, "the graph with its padding", config, report):
+            if not _agree(each.name, compare, "the graph as it was", config, report):
                 continue
         report.applied += found.what
         report.forms = found.run.counts
@@ -233,6 +236,10 @@ def _packed(
             reason = "both forms of a packed graph are compiled when they are first run"
             hint = "Inductor compiles them"
             report.declined.append(Declined("onnxruntime", "", reason, hint))
+        reason = f"{each.name} already runs this graph, and the two are not combined yet"
+        report.declined += [Declined(p.name, "", reason) for p in config.passes[i + 1 :]]
+        if isinstance(found, ReducedForms):
+            report.reductions.append(found.reduction)
         return found.run
     return None
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from effpass.passes.pack_varlen import PackVarlen
+from effpass.passes.reduce_tokens import ReduceTokens
 
-PASSES: dict[str, type] = {PackVarlen.name: PackVarlen}  # in the order in which they run
+# in the order in which they run
+PASSES: dict[str, type] = {PackVarlen.name: PackVarlen, ReduceTokens.name: ReduceTokens}
 COMPILERS = ("inductor", "eager", "onnxruntime")
 TARGETS = ("step", "cpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

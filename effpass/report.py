@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from effpass.chains import Axes, axes_table, chain_text
+from effpass.token_report import Reduction, token_tables
 
 # the ops that stand in graphs as nodes; whatever else is raised is torch's own, or only recorded
 NODES = frozenset(
@@ -136,6 +137,7 @@ class GraphReport:
     chosen: list[Chosen] = field(default_factory=list)
     forms: dict[str, int] = field(default_factory=dict)  # calls of each form of a packed graph
     axes: list[Axes] = field(default_factory=list)  # of every value; only ``explain`` asks for it
+    reductions: list[Reduction] = field(default_factory=list)
 
     @property
     def coverage(self) -> list[Coverage]:
@@ -243,6 +245,7 @@ def _graph_tables(graph: GraphReport) -> Iterable[Any]:
     if graph.forms:
         calls = ", ".join(f"{name} {count}" for name, count in graph.forms.items())
         yield Text(f"  calls of each form: {calls}")
+    yield from (part for each in graph.reductions for part in token_tables(each))
     if graph.coverage:
         yield _coverage_table(graph.coverage)
     else:

@@ -38,7 +38,9 @@ def test_wrong_types() -> None:
         Config.from_options({"verify": 1})
     with pytest.raises(TypeError, match="expected targets to be a tuple of names, found 'cpu'"):
         Config(targets="cpu")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected passes to be of PackVarlen, found 'quantize'"):
+    with pytest.raises(
+        TypeError, match="expected passes to be of PackVarlen, ReduceTokens, found 'quantize'"
+    ):
         Config(passes=("quantize",))
     with pytest.raises(TypeError, match="expected pack_varlen to be True, False or a dict"):
         Config.from_options({"pack_varlen": 1})

@@ -15,7 +15,7 @@ ENVIRONMENT = {"EFFPASS_CACHE_DIR"}
 
 # lowest first: a module imports from rows above its own, and from its own component
 LAYERS: list[set[str]] = [
-    {"chains"},
+    {"chains", "token_report"},
     {"report"},
     {"axes", "graph", "rows"},
     {"ops"},

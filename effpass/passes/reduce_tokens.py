@@ -1,0 +1,313 @@
+"""ReduceTokens: later blocks see fewer tokens. Approximate, without training (UTRC and rivals).
+
+UTRC: arXiv 2410.14725, "Rethinking Token Reduction for State Space Models", as the paper has it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from effpass.axes.labels import opname
+from effpass.axes.relation import arguments, is_tensor, values
+from effpass.graph.source import layer
+from effpass.graph.verify import cannot_run, difference, run_copy
+from effpass.passes.reduction.anchors import Settings
+from effpass.passes.reduction.blocks import Block, content, find_blocks
+from effpass.passes.reduction.choice import METHODS, Rule
+from effpass.passes.reduction.flops import Cost, cost
+from effpass.passes.reduction.mixers import ALIGNMENTS
+from effpass.passes.reduction.padding import padding_mask
+from effpass.passes.reduction.rewrite import Reducer
+from effpass.passes.reduction.run import Compile, Length, Reduced, carriers, compiled
+from effpass.passes.reduction.schedule import CHECKED, auto, lengths, reachable, solve
+from effpass.passes.reduction.scores import SCORES
+from effpass.passes.reduction.stream import ATTENTION, Irreducible, effpass_op, stream
+from effpass.passes.reduction.token_map import token_map
+from effpass.report import Applied, Declined
+from effpass.token_report import Reduction
+
+ORDERS = frozenset(("tril", "triu", "le", "lt", "ge", "gt"))  # what causal masks are made with
+MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode")
+LOOK_AHEAD = (
+    "which tokens leave, and merges, look ahead: only the rows of the protected tail are valid "
+    "predictions"
+)
+CAUSAL = "with a loss on other rows set causal=True"
+
+
+@dataclass(frozen=True)
+class Forms:
+    """A graph with fewer tokens behind some blocks. ``run`` runs it; ``what``: the record of it."""
+
+    plain: GraphModule
+    packed: GraphModule
+    run: Reduced
+    what: tuple[Applied, ...]
+    reducer: Reducer
+    reduction: Reduction
+
+    def verify(self, inputs: Sequence[Any]) -> str:
+        """Compares both forms on copies of ``inputs`` while no token leaves; then lets them leave.
+
+        That proves the wiring (masks, positions, restored outputs), not the approximation. Raises
+        VerificationError. Answers "not run: ..." where they cannot be compared.
+        """
+        reason = cannot_run(self.plain, inputs)
+        if reason is not None:
+            return f"not run: {reason}"
+        if any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and _drawn(n)
+               for n in self.plain.graph.nodes):  # fmt: skip
+            return "not run: the graph draws random numbers"
+        tokens = self.run.length(inputs)
+        found = self.run.lengths(tokens)
+        count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
+        expected = run_copy(self.plain, inputs)[:count]
+        whole = run_copy(self.packed, [*inputs, *carriers((tokens,) * len(found))])[:count]
+        fewer = run_copy(self.packed, [*inputs, *carriers(found)])[:count]
+        worst = 0.0
+        for i, (want, have, cut) in enumerate(zip(expected, whole, fewer, strict=True)):
+            if isinstance(want, Tensor):
+                worst = max(worst, difference(i, want, have))
+                difference(i, cut, cut.new_empty(want.shape) if cut.shape != want.shape else cut)
+        self.reduction.steps[:] = token_map(self.reducer, inputs, found)
+        return f"equal within {worst:.1e} of the largest value while no token leaves"
+
+
+@dataclass(frozen=True)
+class ReduceTokens:
+    """``options={"reduce_tokens": {"ratio": 0.3}}``: later blocks see fewer tokens. Approximate.
+
+    ``ratio``: the share of the stack's operations to save, from which one keep ratio for all
+    anchors is solved; or ``keep``: that keep ratio itself, above 0 and at most 1.
+    ``method``: utrc, evit, tome, pumer, random or prefix. ``layers``: after which blocks tokens
+    leave, counted from 0, or "auto". ``score``: what a token matters, one of SCORES; "auto" is
+    clip_y, for evit on attention that sees everything cls. ``q``: the share of leaving tokens that
+    utrc only prunes on the mixer branch. ``protect_first``, ``protect_last``: real tokens at the
+    ends of each row that never leave. ``alignment``: what scans do over gaps: hold, repeat or
+    bias_gap. ``output``: "restore", all rows come back to their full length. ``causal``: merge only
+    into later tokens and restore only from earlier ones. ``seed``: of the method random.
+
+    Raises ValueError and TypeError for values that cannot be, and, when a model is compiled,
+    ValueError for a ratio that its anchors cannot reach or a block that it does not have.
+    """
+
+    ratio: float | None = None
+    keep: float | None = None
+    method: str = "utrc"
+    layers: str | Sequence[int] = "auto"
+    score: str = "auto"
+    q: float = 0.5
+    protect_first: int = 0
+    protect_last: int = 1
+    alignment: str = "hold"
+    output: str = "restore"
+    causal: bool = False
+    seed: int = 0
+
+    name = "reduce_tokens"
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.keep is None):
+            raise ValueError(
+                "reduce_tokens: expected either ratio (the share of operations to save) or keep, "
+                f"found ratio={self.ratio!r} and keep={self.keep!r}"
+            )
+        _number("ratio", self.ratio, 0.0, 1.0, "at least 0 and below 1", upper=False)
+        _number("keep", self.keep, 0.0, 1.0, "above 0 and at most 1", lower=False)
+        _number("q", self.q, 0.0, 1.0, "from 0 to 1")
+        _choice("method", self.method, METHODS)
+        _choice("score", self.score, ("auto", *SCORES))
+        _choice("alignment", self.alignment, ALIGNMENTS)
+        _choice("output", self.output, ("restore",))
+        for name in ("protect_first", "protect_last", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(
+                    f"reduce_tokens: expected {name} to be a whole number from 0, found {value!r}"
+                )
+        if self.causal and self.protect_first < 1:
+            object.__setattr__(self, "protect_first", 1)  # every row needs an earlier one to read
+        if self.layers != "auto":
+            object.__setattr__(self, "layers", _anchors(self.layers))
+
+    def apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms | Declined | None:
+        """The reduced form of a graph, or the reason why there is none; None for a ratio of 0.
+
+        ``compile`` of the name of a form makes a callable of its graph, when it is first run.
+        """
+        if self.ratio == 0 or self.keep == 1:
+            return None
+        try:
+            return self._apply(gm, compile)
+        except Irreducible as reason:
+            code = f"{self.name}:{reason.code}"
+            return Declined(code, reason.where, reason.text(), reason.hint)
+
+    def _apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms:
+        _refuse(gm)
+        found = stream(gm)
+        blocks = find_blocks(gm, found)
+        anchors = self._anchors_of(blocks)
+        length = Length.of(found.solution.classes.sizes[found.token[0]], gm)
+        if length is None:
+            raise Irreducible("length", None, "no input tells how many tokens there are")
+        costs = cost(gm, found, blocks)
+        tokens = length.hint
+        inside = content(gm, found, blocks)
+        mask = padding_mask(gm, found, inside)
+        causal = any(map(_ordered, (b.mixer for b in blocks)))
+        settings = Settings(self._rule(), anchors, self._score(causal), self.alignment)
+        reducer = Reducer(gm, found, blocks, settings, inside, mask)
+        reduced = reducer.build()
+        plan = self._plan(costs, anchors, tokens)
+        ahead = causal and not self.causal and reducer.restores
+        warning = f"effpass: reduce_tokens in training: {LOOK_AHEAD}; {CAUSAL}" if ahead else None
+        forms = {"plain": 0, "reduced": 0}
+        both = (compiled(gm, compile("plain")), compiled(reduced, compile("reduced")))
+        record = _record(self, costs, blocks, plan(tokens), anchors, causal)
+        return Forms(
+            gm, reduced, Reduced(length, plan, *both, forms, warning), self._what(blocks, anchors),
+            reducer, record,
+        )  # fmt: skip
+
+    def _what(self, blocks: list[Block], anchors: tuple[int, ...]) -> tuple[Applied]:
+        names = ", ".join(map(str, anchors))
+        what = f"{self.method}: fewer tokens behind blocks {names} of {len(blocks)}"
+        return (Applied(self.name, what, len(anchors), layer(blocks[anchors[0]].add)),)
+
+    def _anchors_of(self, blocks: list[Block]) -> tuple[int, ...]:
+        if self.layers == "auto":
+            made = auto(len(blocks))
+            if not made:
+                reason = f"it has {len(blocks)} block: nothing comes behind an anchor"
+                raise Irreducible("one_block", blocks[0].add, reason)
+            return made
+        anchors = tuple(int(i) for i in self.layers)
+        if anchors[-1] >= len(blocks):
+            raise ValueError(
+                f"reduce_tokens: expected layers below {len(blocks)}, the number of blocks of this "
+                f"model, found {anchors[-1]}"
+            )
+        return anchors
+
+    def _rule(self) -> Rule:
+        ends = (self.protect_first, self.protect_last)
+        return Rule(self.method, float(self.q), *ends, self.causal, self.seed)
+
+    def _score(self, causal: bool) -> str:
+        if self.score != "auto":
+            return self.score
+        return "cls" if self.method == "evit" and not causal else "clip_y"
+
+    def _plan(
+        self, costs: Cost, anchors: tuple[int, ...], tokens: int
+    ) -> Callable[[int], tuple[int, ...]]:
+        protected = self.protect_first + self.protect_last
+        if self.keep is not None:
+            keep = float(self.keep)
+            return functools.cache(lambda n: lengths(n, keep, len(anchors), protected))
+        assert self.ratio is not None
+        ratio, checked = float(self.ratio), max(tokens, CHECKED)
+        best = reachable(costs, checked, anchors, protected)
+        if ratio > best + 0.005:
+            raise ValueError(
+                f"reduce_tokens: expected a ratio of at most {best:.3f}, the largest that anchors "
+                f"behind blocks {', '.join(map(str, anchors))} reach at {checked} tokens with "
+                f"{protected} protected, found {ratio}; add earlier anchors, or lower it"
+            )
+        return functools.cache(lambda n: solve(costs, ratio, n, anchors, protected))
+
+
+def _number(
+    name: str, value: Any, low: float, high: float, range: str, lower: bool = True,
+    upper: bool = True,
+) -> None:  # fmt: skip
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"reduce_tokens: expected {name} to be a number, found {value!r}")
+    if not low <= value <= high or (value == low and not lower) or (value == high and not upper):
+        raise ValueError(f"reduce_tokens: expected {name} to be {range}, found {value!r}")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"reduce_tokens: expected {name} to be one of {', '.join(allowed)}, found {value!r}"
+        )
+
+
+def _anchors(layers: Any) -> tuple[int, ...]:
+    if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
+        raise ValueError(
+            f"reduce_tokens: expected layers to be 'auto' or numbers of blocks, found {layers!r}"
+        )
+    found = tuple(sorted(set(layers)))
+    if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in found):
+        raise ValueError(
+            f"reduce_tokens: expected layers to be whole numbers from 0, found {layers!r}"
+        )
+    return found
+
+
+def _refuse(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            reason = f"{node.target} has a body of its own, which is not reduced yet"
+            raise Irreducible("region", node, reason)
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in MODES:
+            raise Irreducible("mode", node, "autocast or a gradient mode changes inside the graph")
+
+
+def _ordered(mixer: Node) -> bool:
+    """Whether a mixer's later tokens do not reach earlier ones."""
+    if opname(mixer) != ATTENTION:
+        return bool(effpass_op(mixer))
+    given = arguments(mixer)
+    pending, seen = [given["attn_mask"]] if is_tensor(given["attn_mask"]) else [], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in seen)
+
+
+def _drawn(node: Node) -> bool:
+    """Whether a node draws random numbers: an idle dropout does not."""
+    given = arguments(node)
+    return bool(given.get("train", True)) and given.get("dropout_p") != 0.0
+
+
+def _record(
+    options: ReduceTokens,
+    costs: Cost,
+    blocks: list[Block],
+    found: tuple[int, ...],
+    anchors: tuple[int, ...],
+    causal: bool,
+) -> Reduction:
+    whole = (found[0],) * len(found)
+    item = values(blocks[0].add)[0].element_size()
+    valid = (
+        LOOK_AHEAD if causal and not options.causal else "rows do not read merges of later tokens"
+    )
+    if not causal:
+        valid = "attention sees all tokens: every row is as valid as any"
+    return Reduction(
+        options.method,
+        options.ratio,
+        costs.saved(found, anchors),
+        (costs.total(whole, anchors), costs.total(found, anchors)),
+        (costs.activations(whole, anchors) * item, costs.activations(found, anchors) * item),
+        found,
+        valid,
+    )

@@ -1,0 +1,158 @@
+"""Runs a reduced graph: how many tokens stay is worked out on the host, from the length alone."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import SymInt, Tensor
+from torch._dynamo import maybe_mark_dynamic
+from torch.fx import GraphModule
+
+from effpass.axes.labels import expression
+
+Run = Callable[..., Any]
+Compile = Callable[[GraphModule, Sequence[Any]], Run]
+Source = tuple[int, int | None]  # an input, and its dim; None for an input that is a number
+
+
+@dataclass(frozen=True)
+class Length:
+    """The number of tokens as a function of the inputs."""
+
+    size: sympy.Expr
+    sources: dict[Any, Source]
+    captured: int = 0
+
+    @staticmethod
+    def of(size: sympy.Expr, gm: GraphModule) -> Length | None:
+        """None where the inputs do not tell."""
+        places, known = dict[Any, Source](), dict[Any, int]()
+        for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            value = node.meta.get("val")
+            if isinstance(value, SymInt):
+                places.setdefault(expression(value), (i, None))
+                known[expression(value)] = int(value.node.hint)
+            for d, each in enumerate(value.shape if isinstance(value, Tensor) else ()):
+                places[expression(each)] = (i, d)
+                if isinstance(each, SymInt):
+                    known[expression(each)] = int(each.node.hint)
+        symbols = size.free_symbols
+        if not all(s in places for s in symbols):
+            return None
+        captured = int(size.subs({s: known[s] for s in symbols}))
+        return Length(size, {s: places[s] for s in symbols}, captured)
+
+    @property
+    def hint(self) -> int:
+        """The number of tokens of the inputs that the graph was captured with."""
+        return int(self.size) if self.fixed else self.captured
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is the same for all inputs."""
+        return not self.sources
+
+    def __call__(self, inputs: Sequence[Any]) -> int:
+        """The number of tokens of these inputs."""
+        known: Any = {
+            symbol: inputs[i] if d is None else inputs[i].shape[d]
+            for symbol, (i, d) in self.sources.items()
+        }
+        return int(self.size.subs(known))
+
+
+@dataclass
+class Reduced:
+    """Runs the reduced form of a graph, or the plain one for inputs too short to lose a token.
+
+    ``lengths`` of a number of tokens: how many there are in front of the first anchor and behind
+    each. ``counts`` says how often each form ran. ``warning``: what is said, once, when gradients
+    are recorded.
+    """
+
+    length: Length
+    lengths: Callable[[int], tuple[int, ...]]
+    plain: Run
+    reduced: Run
+    counts: dict[str, int]
+    warning: str | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Outputs of the graph for these inputs."""
+        found = self.lengths(self.length(inputs))
+        if found[-1] == found[0]:
+            self.counts["plain"] += 1
+            return self.plain(*inputs)
+        self.counts["reduced"] += 1
+        if self.warning is not None and _trained(inputs):
+            warnings.warn(self.warning, stacklevel=2)
+            self.warning = None
+        sizes = carriers(found)
+        if not self.length.fixed:
+            for each in sizes:
+                maybe_mark_dynamic(each, 0)
+        return self.reduced(*inputs, *sizes)
+
+
+def _trained(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in inputs)
+
+
+def carriers(lengths: Sequence[int]) -> list[Tensor]:
+    """A tensor of each length behind an anchor: the compiler sees its size as a symbol."""
+    return [torch.empty(n) for n in lengths[1:]]
+
+
+def compiled(gm: GraphModule, compile: Compile) -> Run:
+    """A graph as a function that is compiled when it is first called, once for all sizes.
+
+    Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
+    read from a tensor, where one has them: an integer would be a constant at first.
+    """
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    symbolic = {
+        i: [d for d, size in enumerate(v.shape) if isinstance(size, SymInt)]
+        for i, v in enumerate(values)
+        if isinstance(v, Tensor)
+    }
+    read = {i: _source(v, values, symbolic) for i, v in enumerate(values) if isinstance(v, SymInt)}
+    found = {i: place for i, place in read.items() if place is not None}
+
+    def run(*given: Any) -> Any:
+        every = list(given)
+        for i, (tensor, dim) in found.items():
+            every[i] = given[tensor].shape[dim]
+        return gm(*every)  # Dynamo skips a GraphModule that it is given itself
+
+    # a code object of its own: Dynamo counts recompilations by it
+    code = run.__code__.replace(co_name="run_form")
+    fresh = types.FunctionType(code, run.__globals__, "run_form", None, run.__closure__)
+    made = torch.compile(fresh, backend=compile)
+
+    def call(*given: Any) -> Any:
+        every = [None if i in found else value for i, value in enumerate(given)]
+        for i, dims in symbolic.items():
+            if dims:
+                # the user's tensor stays unmarked, unless Dynamo would warn of a view's gradient
+                every[i] = given[i] if given[i].requires_grad else given[i].view_as(given[i])
+                maybe_mark_dynamic(every[i], dims)
+        return made(*every)
+
+    return call
+
+
+def _source(
+    size: SymInt, values: Sequence[Any], symbolic: dict[int, list[int]]
+) -> tuple[int, int] | None:
+    """A tensor among the inputs, and its dim, of this size."""
+    for i, dims in symbolic.items():
+        for d in dims:
+            if expression(values[i].shape[d]) == expression(size):
+                return i, d
+    return None

@@ -1,0 +1,49 @@
+"""How much a token matters: one number (b, N), at least float32, from what a block computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+SCORES = ("clip_y", "y", "l1", "l2", "dt_norm", "hidden_norm", "cls")
+
+
+def of_output(name: str, y: Tensor) -> Tensor:
+    """Of a mixer's output ``y`` (b, N, ...): its mean over channels, clipped (UTRC, eq. 5) or not.
+
+    ``clip_y``: mean of ``max(0, y)``; ``y``: mean; ``l1``: mean of ``|y|``; ``l2`` and
+    ``hidden_norm``: root of the sum of squares.
+    """
+    wide = y.flatten(2).to(torch.promote_types(y.dtype, torch.float32))
+    if name == "clip_y":
+        return wide.clamp_min(0).mean(-1)
+    if name == "y":
+        return wide.mean(-1)
+    return wide.abs().mean(-1) if name == "l1" else torch.linalg.vector_norm(wide, dim=-1)
+
+
+def of_steps(dt: Tensor, dt_bias: Tensor | None, positive: bool) -> Tensor:
+    """The norm of a scan's step sizes (b, N, d): how much a token writes (DeciMamba).
+
+    arXiv 2406.14528, section 4. ``positive``: softplus is still to be taken.
+    """
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = dt if dt_bias is None else dt + dt_bias
+    return torch.linalg.vector_norm(softplus(dt) if positive else dt, dim=-1)
+
+
+def of_first(q: Tensor, k: Tensor, scale: float, open: Tensor | None) -> Tensor:
+    """What the first query gives to every key, the mean over heads (EViT).
+
+    arXiv 2202.07800, eq. 3. ``q``, ``k`` (b, h, N, d); ``open``: the mask of the first query,
+    booleans or what is added to scores, broadcast to (b, h, 1, N). One row of the attention matrix
+    is computed, not the matrix.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q[:, :, :1].to(wide) * scale) @ k.to(wide).transpose(2, 3)
+    if open is not None:
+        scores = (
+            scores.masked_fill(~open, -torch.inf) if open.dtype == torch.bool else scores + open
+        )
+    return scores.softmax(-1).mean(1)[:, 0]

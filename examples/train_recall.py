@@ -1,0 +1,152 @@
+"""Trains a tiny Mamba or Mamba-2 to recall far tokens: associative recall with filler between.
+
+    python examples/train_recall.py --kind mamba2 --out recall        # minutes on two cores
+    python examples/train_recall.py --kind mamba2 --seeds 0 1 2 3 4   # five models
+
+A row holds pairs of a key and its value with filler tokens between them, then questions: keys, each
+followed by its value. The loss and the accuracy are those of the values behind the questions.
+After Arora et al. 2023, "Zoology" (arXiv 2312.04927, multi-query associative recall), with filler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of ``tokens``; ``keys`` keys and as many values; ``pairs`` in a row, all but few asked.
+
+    Tokens 0..keys-1 are keys, the next are values, the last ``fillers`` fill.
+    """
+
+    tokens: int = 128
+    pairs: int = 6
+    asked: int = 4
+    keys: int = 16
+    fillers: int = 16
+
+    @property
+    def vocabulary(self) -> int:
+        """How many different tokens there are."""
+        return 2 * self.keys + self.fillers
+
+    @property
+    def questions(self) -> int:
+        """Tokens of the questions, at the end of a row."""
+        return 2 * self.asked
+
+    def batch(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Tokens (rows, tokens), and what is asked at each: IGNORED, or the next token."""
+
+        def shuffled(count: int) -> Tensor:
+            return torch.rand(rows, count, generator=generator).argsort(1)
+
+        room = (self.tokens - self.questions) // 2
+        filler = torch.randint(0, self.fillers, (rows, self.tokens), generator=generator)
+        ids = filler + 2 * self.keys
+        keys = shuffled(self.keys)[:, : self.pairs]
+        values = torch.randint(0, self.keys, keys.shape, generator=generator) + self.keys
+        places = shuffled(room)[:, : self.pairs] * 2
+        ids.scatter_(1, places, keys).scatter_(1, places + 1, values)
+        asked = shuffled(self.pairs)[:, : self.asked]
+        at = torch.arange(self.asked).expand(rows, -1) * 2 + self.tokens - self.questions
+        answers = values.gather(1, asked)
+        ids.scatter_(1, at, keys.gather(1, asked)).scatter_(1, at + 1, answers)
+        targets = torch.full_like(ids, IGNORED).scatter(1, at, answers)
+        return ids, targets
+
+
+def model_of(kind: str, task: Task, seed: int, layers: int = 4, width: int = 64) -> nn.Module:
+    """A small model with random weights."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(seed)
+    shared: dict[str, Any] = {
+        "vocab_size": task.vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "use_cache": False,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if kind == "mamba":
+        return MambaForCausalLM(MambaConfig(state_size=16, **shared))
+    heads = 2 * width // 16
+    sizes = {"num_heads": heads, "head_dim": 16, "n_groups": 1, "state_size": 32, "chunk_size": 64}
+    return Mamba2ForCausalLM(Mamba2Config(**sizes, **shared))
+
+
+def accuracy(run: Callable[..., Any], task: Task, rows: int = 512, seed: int = 10_000) -> float:
+    """The share of questions that are answered."""
+    ids, targets = task.batch(rows, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        found = torch.cat([run(input_ids=part).logits.argmax(-1) for part in ids.split(64)])
+    asked = targets != IGNORED
+    return (found == targets)[asked].float().mean().item()
+
+
+def train(model: nn.Module, task: Task, steps: int, rows: int, seed: int, quiet: bool) -> float:
+    """Trains in place; stops early when all held-out questions are answered. The accuracy."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
+    run, started, found = torch.compile(model, backend="effpass"), time.perf_counter(), 0.0
+    for step in range(steps):
+        ids, targets = task.batch(rows, generator)
+        logits = run(input_ids=ids).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            found = accuracy(run, task, 128)
+            if not quiet:
+                spent = time.perf_counter() - started
+                print(f"{step + 1}: loss {loss.item():.3f}, right {found:.3f}, {spent:.0f} s")
+            if found >= 0.999:
+                break
+    return found
+
+
+def main() -> None:
+    """Trains one model a seed and saves them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kind", choices=("mamba", "mamba2"), default="mamba2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("recall"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    task = Task(args.tokens)
+    for seed in args.seeds:
+        model = model_of(args.kind, task, seed, args.layers)
+        found = train(model, task, args.steps, args.rows, seed, quiet=False)
+        path = args.out / f"{args.kind}_{seed}.pt"
+        saved = {"kind": args.kind, "layers": args.layers, "tokens": args.tokens, "right": found}
+        torch.save(saved | {"weights": model.state_dict()}, path)
+        print(f"{path}: {found:.1%} of the questions right")
+
+
+if __name__ == "__main__":
+    main()
