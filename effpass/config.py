@@ -11,7 +11,7 @@ from effpass.passes.pack_varlen import PackVarlen
 
 PASSES: dict[str, type] = {PackVarlen.name: PackVarlen}  # in the order in which they run
 COMPILERS = ("inductor", "eager")
-TARGETS = ("step", "cpu", "inline")
+TARGETS = ("step", "cpu", "gpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 

@@ -1,0 +1,205 @@
+"""The causal convolution: tiles of (tokens, channels), every tap read where it lies.
+
+Taps of one tile overlap in cache, so memory is read about once. Strides of tokens and channels are
+arguments: channel-last and channel-first run the same code, and the compiler reads along whichever
+is 1.
+"""
+
+import triton
+import triton.language as tl
+
+from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid
+
+
+@triton.jit
+def _tap(x, init, at, begin, live, in_c, c, sxt, sxc, sic, siw, W: tl.constexpr, INIT: tl.constexpr):
+    """x at tokens ``at`` (BT,); before ``begin`` the initial state, or zero."""
+    inside = (at >= begin) & live
+    where = at.to(tl.int64)[:, None] * sxt + c[None, :] * sxc
+    value = tl.load(x + where, mask=inside[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+    if INIT:
+        slot = at - begin + (W - 1)
+        old = (at < begin) & (slot >= 0) & live
+        where = slot[:, None] * siw + c[None, :] * sic
+        value += tl.load(init + where, mask=old[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _pre(
+    x, weight, bias, init, at, begin, live, in_c, c, sxt, sxc, sic, siw,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The convolution at tokens ``at``, before the activation, in float32."""
+    made = tl.zeros((BT, BC), tl.float32)
+    if BIAS:
+        made += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    for j in tl.static_range(W):
+        w = tl.load(weight + c * W + (W - 1 - j), mask=in_c, other=0.0).to(tl.float32)
+        tap = _tap(x, init, at - j, begin, live, in_c, c, sxt, sxc, sic, siw, W, INIT)
+        made += w[None, :] * tap
+    return made
+
+
+@triton.jit
+def forward(
+    x, weight, bias, init, y, table, tokens, per_row, channels, sxb, sxt, sxc,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """y (b, t, c) contiguous; one program a chunk of BT tokens and BC channels."""
+    sequence, row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, per_row, BT, PACKED)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_c = c < channels
+    at = start + tl.arange(0, BT)
+    live = at < end
+    init += sequence.to(tl.int64) * channels * (W - 1)
+    made = _pre(
+        x + row * sxb, weight, bias, init, at, begin, live, in_c, c, sxt, sxc, W - 1, 1,
+        W, INIT, BIAS, BT, BC,
+    )  # fmt: skip
+    if SILU:
+        made = made * sigmoid(made)
+    where = (row * tokens + at)[:, None] * channels + c[None, :]
+    tl.store(y + where, made.to(y.dtype.element_ty), mask=live[:, None] & in_c[None, :])
+
+
+@triton.jit
+def final_state(
+    x, init, final, offsets, tokens, channels, sxb, sxt, sxc,
+    W: tl.constexpr, INIT: tl.constexpr, PACKED: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The last W - 1 tokens (s, c, W - 1); one program a sequence and BC channels."""
+    sequence = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_c = c < channels
+    begin, end = _ends(offsets, sequence, tokens, PACKED)
+    if not PACKED:
+        x += sequence * sxb
+    k = tl.arange(0, BW)
+    live = k < W - 1
+    init += sequence * channels * (W - 1)
+    value = _tap(x, init, end - (W - 1) + k, begin, live, in_c, c, sxt, sxc, W - 1, 1, W, INIT)
+    where = (sequence * channels + c)[None, :] * (W - 1) + k[:, None]
+    tl.store(final + where, value.to(final.dtype.element_ty), mask=live[:, None] & in_c[None, :])
+
+
+@triton.jit
+def _ends(offsets, sequence, tokens, PACKED: tl.constexpr):
+    """First token of a sequence and the one after its last, kept inside the tensor."""
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), tokens)
+    else:
+        begin = tokens * 0
+        end = tokens
+    return begin, end
+
+
+@triton.jit
+def _grad_pre(
+    x, weight, bias, init, grad, at, begin, live, in_c, c, sxt, sxc, sgt, sgc,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradient before the activation at tokens ``at``; zero where not live."""
+    where = at.to(tl.int64)[:, None] * sgt + c[None, :] * sgc
+    dy = tl.load(grad + where, mask=live[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+    if SILU:
+        pre = _pre(
+            x, weight, bias, init, at, begin, live, in_c, c, sxt, sxc, W - 1, 1,
+            W, INIT, BIAS, BT, BC,
+        )  # fmt: skip
+        s = sigmoid(pre)
+        dy = dy * (s * (1.0 + pre * (1.0 - s)))
+    return tl.where(live[:, None], dy, 0.0)
+
+
+@triton.jit
+def backward(
+    x, weight, bias, init, grad, grad_final, dx, dweight, dbias, table, offsets, tokens, per_row,
+    channels, sxb, sxt, sxc, sgb, sgt, sgc,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+    PACKED: tl.constexpr, LENGTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    BW: tl.constexpr,
+):  # fmt: skip
+    """dx (b, t, c), and of this chunk dweight (chunks, c, W) and dbias (chunks, c)."""
+    index = tl.program_id(0)
+    sequence, row, start, end, begin = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_c = c < channels
+    _, stop = _ends(offsets, sequence, tokens, PACKED)
+    x += row * sxb
+    grad += row * sgb
+    init += sequence.to(tl.int64) * channels * (W - 1)
+    grad_final += sequence.to(tl.int64) * channels * (W - 1)
+    taps = tl.arange(0, BW)
+    dw = tl.zeros((BW, BC), tl.float32)
+    db = tl.zeros((BC,), tl.float32)
+    for tile in range(0, LENGTH, BT):
+        at = start + tile + tl.arange(0, BT)
+        live = at < end
+        made = tl.zeros((BT, BC), tl.float32)
+        for j in tl.static_range(W):
+            later = at + j
+            seen = live & (later < stop)
+            dpre = _grad_pre(
+                x, weight, bias, init, grad, later, begin, seen, in_c, c, sxt, sxc, sgt, sgc,
+                W, INIT, BIAS, SILU, BT, BC,
+            )  # fmt: skip
+            w = tl.load(weight + c * W + (W - 1 - j), mask=in_c, other=0.0).to(tl.float32)
+            made += w[None, :] * dpre
+            if j == 0:
+                db += tl.sum(dpre, 0)
+                for k in tl.static_range(W):
+                    tap = _tap(x, init, at - k, begin, live, in_c, c, sxt, sxc, W - 1, 1, W, INIT)
+                    part = tl.sum(dpre * tap, 0)
+                    dw += tl.where((taps == W - 1 - k)[:, None], part[None, :], 0.0)
+        slot = at - stop + (W - 1)
+        kept = (live & (slot >= 0))[:, None] & in_c[None, :]
+        where = c[None, :] * (W - 1) + slot[:, None]
+        made += tl.load(grad_final + where, mask=kept, other=0.0).to(tl.float32)
+        where = (row * tokens + at)[:, None] * channels + c[None, :]
+        tl.store(dx + where, made.to(dx.dtype.element_ty), mask=live[:, None] & in_c[None, :])
+    base = index.to(tl.int64) * channels + c
+    tl.store(
+        dweight + base[None, :] * W + taps[:, None], dw, mask=(taps < W)[:, None] & in_c[None, :]
+    )
+    if BIAS:
+        tl.store(dbias + base, db, mask=in_c)
+
+
+@triton.jit
+def backward_init(
+    x, weight, bias, init, grad, grad_final, dinit, offsets, tokens, channels,
+    sxb, sxt, sxc, sgb, sgt, sgc,
+    W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
+    BW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the initial state (s, c, W - 1), which the first W - 1 tokens read."""
+    sequence = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_c = c < channels
+    begin, end = _ends(offsets, sequence, tokens, PACKED)
+    if not PACKED:
+        x += sequence * sxb
+        grad += sequence * sgb
+    init += sequence * channels * (W - 1)
+    k = tl.arange(0, BW)
+    live = k < W - 1
+    at = begin - (W - 1) + k
+    made = tl.zeros((BW, BC), tl.float32)
+    for j in tl.static_range(W):
+        later = at + j
+        seen = live & (later >= begin) & (later < end)
+        dpre = _grad_pre(
+            x, weight, bias, init, grad, later, begin, seen, in_c, c, sxt, sxc, sgt, sgc,
+            W, True, BIAS, SILU, BW, BC,
+        )  # fmt: skip
+        w = tl.load(weight + c * W + (W - 1 - j), mask=in_c, other=0.0).to(tl.float32)
+        made += w[None, :] * dpre
+    slot = at - end + (W - 1)
+    kept = (live & (slot >= 0) & (slot < W - 1))[:, None] & in_c[None, :]
+    where = (sequence * channels + c)[None, :] * (W - 1)
+    made += tl.load(grad_final + where + slot[:, None], mask=kept, other=0.0).to(tl.float32)
+    tl.store(dinit + where + k[:, None], made, mask=live[:, None] & in_c[None, :])
