@@ -46,13 +46,13 @@ def interpreted() -> Iterator[None]:
         _state["on cpu"] = before
 
 
-def launch(kernel: Any, grid: Sequence[Any], *arguments: Any, **meta: Any) -> None:
-    """Runs ``kernel`` on ``grid``; nothing where a side of the grid is 0."""
-    if any(side == 0 for side in grid):
+def launch(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
+    """Runs ``kernel`` on ``grid``, sides or a function of block sizes; nothing if a side is 0."""
+    if not callable(grid) and any(side == 0 for side in grid):
         return
     if _state["traced"]:
         kernel = torch.library.wrap_triton(kernel)
-    kernel[tuple(grid)](*arguments, **meta)
+    kernel[grid](*arguments, **meta)
 
 
 def refusal(
