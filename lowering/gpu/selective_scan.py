@@ -18,7 +18,7 @@ from effpass.lowering.gpu.launch import gradients, interpreting, launch, refusal
 from effpass.ops.op import implements
 from effpass.ops.selective_scan import selective_scan
 
-CHUNK, TILE = 128, 32
+CHUNK, TILE = 128, 16
 MOST_STATES = 128
 _NAMES = tuple(selective_scan.signature.parameters)
 _BLOCK = 128

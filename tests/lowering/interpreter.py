@@ -53,6 +53,22 @@ def correct() -> None:
         each = (np.stack([m[j].handle.data for m in made], self.axis) for j in range(len(inputs)))
         return [self.to_tensor(data, x.dtype) for data, x in zip(each, inputs, strict=True)]
 
+    def reduced(self: Any, inputs: Any) -> list[Any]:
+        flat = self.axis is None
+        data = [x.handle.data.reshape(-1) if flat else x.handle.data for x in inputs]
+        rows = [np.moveaxis(each, 0 if flat else self.axis, 0) for each in data]
+        held = [self.to_tensor(r[0].copy(), x.dtype) for r, x in zip(rows, inputs, strict=True)]
+        for i in range(1, len(rows[0])):
+            new = [self.to_tensor(r[i].copy(), x.dtype) for r, x in zip(rows, inputs, strict=True)]
+            made = self.combine_fn.fn(*held, *new)
+            held = list(made) if isinstance(made, tuple) else [made]
+        if self.keep_dims and not flat:
+            held = [
+                self.to_tensor(np.expand_dims(h.handle.data, self.axis), x.dtype)
+                for h, x in zip(held, inputs, strict=True)
+            ]
+        return held
+
     language = interpreter._patch_lang_tensor
 
     def indexed(tensor: Any, scope: Any) -> None:
@@ -63,3 +79,4 @@ def correct() -> None:
     interpreter._convert_float = converted
     builder.create_dot = multiplied
     interpreter.ScanOps.generic_scan = scanned
+    interpreter.ReduceOps.generic_reduce = reduced

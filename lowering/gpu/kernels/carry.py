@@ -23,6 +23,26 @@ def combine_before(a1, b1, c1, d1, a2, b2, c2, d2):
 
 
 @triton.jit
+def scan_back(a, b):
+    """The scan of (a, b) along dim 0 from the last row to the first.
+
+    A flip inside a thread renames registers; the compiler's own reverse scan exchanges all lanes.
+    """
+    prefix, sums = tl.associative_scan((tl.flip(a, 0), tl.flip(b, 0)), 0, combine)
+    return tl.flip(prefix, 0), tl.flip(sums, 0)
+
+
+@triton.jit
+def scan_back_before(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The same scan without the row's own map: c x + d enters the row when x enters the last."""
+    one = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    _map, _sum, c, d = tl.associative_scan(
+        (tl.flip(a, 0), tl.flip(b, 0), one, one * 0.0), 0, combine_before
+    )
+    return tl.flip(c, 0), tl.flip(d, 0)
+
+
+@triton.jit
 def last_row(tile, ROWS: tl.constexpr):
     """The last row of a tile (ROWS, ...)."""
     return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[:, None], tile, 0.0), 0)
@@ -42,7 +62,7 @@ def carry(
     inner) and A, ``init`` and ``ends`` are (inner, outer).
     """
     sequence = tl.program_id(0)
-    e = tl.program_id(1) * BE + tl.arange(0, BE)
+    e = tl.multiple_of(tl.program_id(1) * BE + tl.arange(0, BE), 1)  # one element a thread
     in_e = e < elements
     if DECAY == "steps":
         slot = (e % inner) * outer + e // inner

@@ -7,7 +7,7 @@ tokens needs no other thread.
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.carry import combine, last_row
+from effpass.lowering.gpu.kernels.carry import combine, last_row, scan_back
 from effpass.lowering.gpu.kernels.chunk import chunk_of
 
 
@@ -27,7 +27,7 @@ def states(
     """What leaves each chunk from nothing, its product of decays, and the adjoint's like."""
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
     b += row * sbb
@@ -61,7 +61,7 @@ def outputs(
     """h (b, t, d) contiguous, from what enters each chunk."""
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
     b += row * sbb
@@ -87,7 +87,7 @@ def backward(
     """g[t] = dh[t] + a[t+1] g[t+1]; db = g, da = g h[t-1]; a chunk is one tile of BT tokens."""
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, BT, PACKED)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
     at = start + tl.arange(0, BT)
@@ -106,14 +106,9 @@ def backward(
     )
     held = before * enters[None, :] + sums
     seen = (at + 1 < end)[:, None] & live
-    after, back = tl.associative_scan(
-        (
-            _load(a, at + 1, d, sat, sac, seen, 1.0),
-            _load(grad + row * sgb, at, d, sgt, sgc, live, 0.0),
-        ),
-        0,
-        combine,
-        reverse=True,
+    after, back = scan_back(
+        _load(a, at + 1, d, sat, sac, seen, 1.0),
+        _load(grad + row * sgb, at, d, sgt, sgc, live, 0.0),
     )
     g = after * leaves[None, :] + back
     where = (row * tokens + at)[:, None] * channels + d[None, :]

@@ -10,7 +10,7 @@ backwards for its adjoint inside each thread. Decays are exp2 of steps times A l
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.carry import combine, combine_before
+from effpass.lowering.gpu.kernels.carry import combine, scan_back_before
 from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid, softplus
 from effpass.lowering.gpu.kernels.tuning import tuned
 
@@ -32,6 +32,13 @@ def _rates(A, d, n, channels, count):
     return tl.load(A + d[None, :] * count + n[:, None], mask=mask, other=0.0).to(tl.float32) * LOG2E
 
 
+@triton.jit
+def _lanes(block, BD: tl.constexpr):
+    """Channels of a block, one a thread: no vector loads, so that states and tokens of a tile lie
+    inside a thread, which is what makes sums and scans over them cheap."""
+    return tl.multiple_of(block * BD + tl.arange(0, BD), 1)
+
+
 @tuned(
     ("channels", "count", "ADJOINT"),
     {"BD": 128, "warps": 4},
@@ -48,7 +55,7 @@ def states(
     """What leaves each chunk (chunks, n, d) from nothing, its sum of steps, the adjoint's like."""
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
     in_n = n < count
@@ -112,7 +119,7 @@ def outputs(
     """y (b, t, d) contiguous, from what enters each chunk (chunks, n, d)."""
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
     in_n = n < count
@@ -175,27 +182,22 @@ def backward(
     index = tl.program_id(0)
     _, row, start, end, _ = chunk_of(table, index, tokens, per_row, BT, PACKED)
     block = tl.program_id(1)
-    d = block * BD + tl.arange(0, BD)
+    d = _lanes(block, BD)
     in_d = d < channels
     at = start + tl.arange(0, BT)
     in_t = at < end
     live = in_t[:, None] & in_d[None, :]
-    raw = _tile(dt, row, at, d, sdb, sdt, sdd, live)
+    shift = tl.zeros((BD,), tl.float32)
     if BIAS:
-        raw += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    step = raw
-    if SOFTPLUS:
-        step = softplus(raw)
+        shift += tl.load(bias + d, mask=in_d, other=0.0).to(tl.float32)
+    step = _step(_tile(dt, row, at, d, sdb, sdt, sdd, live), shift[None, :], SOFTPLUS)
     step = tl.where(live, step, 0.0)
-    value = _tile(x, row, at, d, sxb, sxt, sxd, live)
-    fed = step * value
-    given = _tile(grad, row, at, d, sgb, sgt, sgd, live)
-    dy = given
+    fed = step * _tile(x, row, at, d, sxb, sxt, sxd, live)
+    dy = _tile(grad, row, at, d, sgb, sgt, sgd, live)
+    made = tl.zeros((BT, BD), tl.float32)
     if GATE:
         gate = _tile(z, row, at, d, szb, szt, szd, live)
-        s = sigmoid(gate)
-        dy = given * gate * s
-        made = tl.zeros((BT, BD), tl.float32)
+        dy *= gate * sigmoid(gate)
     fed_grad = tl.zeros((BT, BD), tl.float32)
     step_grad = tl.zeros((BT, BD), tl.float32)
     lines = row * tokens + at
@@ -215,10 +217,7 @@ def backward(
         prefix, total = tl.associative_scan((decay, added), 0, combine)
         state = prefix * enters[None, :] + total
         asked = dy * c[:, None]
-        one = tl.full((BT, BD), 1.0, tl.float32)
-        _, _, after, back = tl.associative_scan(
-            (decay, decay * asked, one, one * 0.0), 0, combine_before, reverse=True
-        )
+        after, back = scan_back_before(decay, decay * asked, BT, BD)
         g = asked + after * leaves[None, :] + back
         through = g * (state - added)
         fed_grad += g * b[:, None]
@@ -228,10 +227,11 @@ def backward(
         tl.store(dC + sums + n, tl.sum(dy * state, 1), mask=in_t)
         if GATE:
             made += state * c[:, None]
+    value = _tile(x, row, at, d, sxb, sxt, sxd, live)  # again: registers are scarce in the loop
     value_grad = step * fed_grad
     step_grad += value * fed_grad
     if SOFTPLUS:
-        step_grad *= sigmoid(raw)
+        step_grad *= sigmoid(_tile(dt, row, at, d, sdb, sdt, sdd, live) + shift[None, :])
     step_grad = tl.where(live, step_grad, 0.0)
     side = index.to(tl.int64) * channels + d
     if SKIP:
@@ -246,6 +246,9 @@ def backward(
     if GATE:
         if SKIP:
             made += skip * value
+        gate = _tile(z, row, at, d, szb, szt, szd, live)
+        s = sigmoid(gate)
+        given = _tile(grad, row, at, d, sgb, sgt, sgd, live)
         gate_grad = given * made * (s * (1.0 + gate * (1.0 - s)))
         tl.store(dz + where, gate_grad.to(dz.dtype.element_ty), mask=live)
 
