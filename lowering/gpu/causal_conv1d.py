@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import chunks
-from effpass.lowering.gpu.launch import gradients, interpreting, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
 from effpass.ops.causal_conv1d import causal_conv1d
 from effpass.ops.op import implements
 
@@ -46,7 +46,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     x, cu_seqlens = given["x"], given["cu_seqlens"]
     weight, bias, init, flags = _ready(given)
     channels, width = weight.shape
-    split = chunks(x, cu_seqlens, 64 if interpreting() else 128)
+    split = chunks(x, cu_seqlens, 128)
     offsets = weight if cu_seqlens is None else cu_seqlens.contiguous()
     dx, f32 = x.new_empty(x.shape), torch.float32
     dweight = x.new_empty((split.count, channels, width), dtype=f32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import Chunks, chunks
-from effpass.lowering.gpu.launch import gradients, interpreting, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
 from effpass.ops.linear_recurrence import linear_recurrence
 from effpass.ops.op import implements
 
@@ -117,7 +117,7 @@ def forward(
     """``linear_recurrence``; h contiguous in a's dtype, final_state float32."""
     from effpass.lowering.gpu.kernels import linear_recurrence as kernels
 
-    split, channels = chunks(a, cu_seqlens, 64 if interpreting() else 128), a.shape[2]
+    split, channels = chunks(a, cu_seqlens, 128), a.shape[2]
     local, decay, _ = _states(split, a, b, None)
     final = a.new_empty((split.sequences, channels), dtype=torch.float32)
     starts = _carried(split, local, decay, initial_state, final, False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import Chunks, chunks
-from effpass.lowering.gpu.launch import gradients, interpreting, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
 from effpass.ops.op import implements
 from effpass.ops.selective_scan import selective_scan
 
@@ -166,7 +166,7 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     channels, count = A.shape
     if isinstance(x.shape[1], int) and x.shape[1] == 1 and given["cu_seqlens"] is None:
         return _update(given, ready)
-    split = chunks(x, given["cu_seqlens"], 32 if interpreting() else CHUNK)
+    split = chunks(x, given["cu_seqlens"], CHUNK)
     local, sums, _ = _states(split, given, ready, None)
     final = x.new_empty((split.sequences, channels, count), dtype=torch.float32)
     starts = _carried(split, local, sums, A, init, final, False)

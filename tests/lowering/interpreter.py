@@ -50,7 +50,10 @@ def correct() -> None:
             new = [self.to_tensor(r[i].copy(), x.dtype) for r, x in zip(rows, inputs, strict=True)]
             held = list(self.combine_fn.fn(*held, *new))
             made.append(held)
-        each = (np.stack([m[j].handle.data for m in made], self.axis) for j in range(len(inputs)))
+        each = (
+            np.stack([m[j].handle.data.reshape(rows[j][0].shape) for m in made], self.axis)
+            for j in range(len(inputs))
+        )
         return [self.to_tensor(data, x.dtype) for data, x in zip(each, inputs, strict=True)]
 
     def reduced(self: Any, inputs: Any) -> list[Any]:
@@ -62,6 +65,10 @@ def correct() -> None:
             new = [self.to_tensor(r[i].copy(), x.dtype) for r, x in zip(rows, inputs, strict=True)]
             made = self.combine_fn.fn(*held, *new)
             held = list(made) if isinstance(made, tuple) else [made]
+        held = [
+            self.to_tensor(h.handle.data.reshape(r[0].shape), x.dtype)
+            for h, r, x in zip(held, rows, inputs, strict=True)
+        ]
         if self.keep_dims and not flat:
             held = [
                 self.to_tensor(np.expand_dims(h.handle.data, self.axis), x.dtype)

@@ -43,7 +43,7 @@ def sigmoid(x):
 @triton.jit
 def softplus(x):
     """log(1 + exp(x)); x itself beyond 20, as torch has it."""
-    small = tl.exp2(tl.minimum(x, 20.0) * 1.4426950408889634)
+    small = tl.exp2(tl.where(x > 20.0, 20.0, x) * 1.4426950408889634)  # NaN stays NaN
     # log1p: log(1 + e) * e / ((1 + e) - 1), exact to an ulp for small e
     u = 1.0 + small
     lost = u - 1.0
