@@ -52,12 +52,13 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     dweight = x.new_empty((split.count, channels, width), dtype=f32)
     dbias = x.new_empty((split.count, channels) if flags["BIAS"] else (0,), dtype=f32)
     final, blocks = grad_final_state.contiguous(), _blocks(channels)
-    strides = (*x.stride(), *grad_y.stride())
+    if flags.pop("SILU"):
+        grad_y = _before(given, weight, bias, init, flags, grad_y)
     launch(
         kernels.backward,
         (split.count, blocks),
-        *(x, weight, bias, init, grad_y, final, dx, dweight, dbias, split.table, offsets),
-        *(split.tokens, split.per_row, channels, *strides),
+        *(x, weight, init, grad_y, final, dx, dweight, dbias, split.table, offsets),
+        *(split.tokens, split.per_row, channels, *x.stride(), *grad_y.stride()),
         **flags,
         W=width,
         LENGTH=split.length,
@@ -68,19 +69,46 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     found = {"x": dx, "weight": dweight.sum(0)}
     if flags["BIAS"]:
         found["bias"] = dbias.sum(0)
-    if flags.pop("INIT"):
+    if flags["INIT"]:
         found["initial_state"] = x.new_empty(init.shape, dtype=f32)
         launch(
             kernels.backward_init,
             (split.sequences if width > 1 else 0, blocks),
-            *(x, weight, bias, init, grad_y, final, found["initial_state"], offsets),
-            *(split.tokens, channels, *strides),
-            **flags,
+            *(weight, grad_y, final, found["initial_state"], offsets),
+            *(split.tokens, channels, *grad_y.stride()),
+            PACKED=flags["PACKED"],
             W=width,
             BW=_power(width),
             BC=64,
         )
     return gradients(causal_conv1d, grad_y, given, found)
+
+
+def _before(
+    given: dict[str, Any],
+    weight: Tensor,
+    bias: Tensor,
+    init: Tensor,
+    flags: dict[str, bool],
+    grad: Tensor,
+) -> Tensor:
+    """The gradient before the SiLU (b, t, c), float32."""
+    from effpass.lowering.gpu.kernels import causal_conv1d as kernels
+
+    x = given["x"]
+    split, (channels, width) = chunks(x, given["cu_seqlens"], 32), weight.shape
+    made = x.new_empty(x.shape, dtype=torch.float32)
+    launch(
+        kernels.gradient_before,
+        (split.count, _blocks(channels)),
+        *(x, weight, bias, init, grad, made, split.table),
+        *(split.tokens, split.per_row, channels, *x.stride(), *grad.stride()),
+        **flags,
+        W=width,
+        BT=32,
+        BC=64,
+    )
+    return made
 
 
 def _ready(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:

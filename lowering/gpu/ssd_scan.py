@@ -19,7 +19,7 @@ from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
 from effpass.ops.op import implements
 from effpass.ops.ssd_scan import ssd_scan
 
-CHUNK = 64
+CHUNK = 64  # half of it in float32, whose products take registers
 WIDEST, MOST_STATES = 128, 256
 _NAMES = tuple(ssd_scan.signature.parameters)
 _BLOCK = 128
@@ -98,7 +98,8 @@ def _call(arguments: tuple[Any, ...]) -> _Call:
         n: x if given[n] is None else given[n].contiguous() if n in plain else given[n]
         for n in ssd_scan.tensor_names
     }
-    split = chunks(x, given["cu_seqlens"], CHUNK)
+    narrow = x.dtype != torch.float32 and x.dtype == given["B"].dtype == given["C"].dtype
+    split = chunks(x, given["cu_seqlens"], CHUNK if narrow else CHUNK // 2)
     groups, count = given["B"].shape[2:]
     return _Call(given, ready, split, x.shape[2], groups, x.shape[3], count)
 
@@ -244,6 +245,8 @@ def _inner(
         *(*x.stride(), *dt.stride(), *strides),
         **call.meta("SKIP", "BIAS", "SOFTPLUS", "LIMIT"),
         **tiles,
+        num_warps=8,
+        num_stages=1,
     )
     launch(
         kernels.backward_bc,
@@ -251,6 +254,8 @@ def _inner(
         *(x, B, C, dy, step, sums, starts, leaving, dB, dC, split.table, *call.sizes),
         *(*x.stride(), *strides),
         **tiles,
+        num_warps=8,
+        num_stages=1,
     )
     return {"x": dx, "dt": ddt, "B": dB, "C": dC, "side": side}
 

@@ -69,6 +69,11 @@ def carry(
         rate = tl.load(A + slot, mask=in_e, other=0.0).to(tl.float32) * 1.4426950408889634
     else:
         slot = e
+    column = e % inner
+    if DECAY == "head":
+        column = e // inner
+    # not all are neighbours, which matters to no load: it keeps a tile's rows inside a thread
+    column = tl.max_contiguous(tl.multiple_of(column, 1), BE)
     base = sequence.to(tl.int64) * elements
     state = tl.zeros((BE,), tl.float32)
     if INIT:
@@ -90,11 +95,11 @@ def carry(
         live = (k < count)[:, None] & in_e[None, :]
         b = tl.load(local + at[:, None] * elements + e[None, :], mask=live, other=0.0)
         if DECAY == "steps":
-            steps = tl.load(decay + at[:, None] * inner + (e % inner)[None, :], mask=live, other=0.0)
+            steps = tl.load(decay + at[:, None] * inner + column[None, :], mask=live, other=0.0)
             a = tl.exp2(steps * rate[None, :])
         elif DECAY == "head":
             heads = elements // inner
-            a = tl.load(decay + at[:, None] * heads + (e // inner)[None, :], mask=live, other=1.0)
+            a = tl.load(decay + at[:, None] * heads + column[None, :], mask=live, other=1.0)
         else:
             a = tl.load(decay + at[:, None] * elements + e[None, :], mask=live, other=1.0)
         a, b = tl.associative_scan((a, b), 0, combine)

@@ -18,10 +18,11 @@ def _tap(x, init, at, begin, live, in_c, c, sxt, sxc, sic, siw, W: tl.constexpr,
     where = at.to(tl.int64)[:, None] * sxt + c[None, :] * sxc
     value = tl.load(x + where, mask=inside[:, None] & in_c[None, :], other=0.0).to(tl.float32)
     if INIT:
-        slot = at - begin + (W - 1)
-        old = (at < begin) & (slot >= 0) & live
-        where = slot[:, None] * siw + c[None, :] * sic
-        value += tl.load(init + where, mask=old[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+        if tl.min(at, 0) < begin:  # only the first tile of a sequence
+            slot = at - begin + (W - 1)
+            old = ((at < begin) & (slot >= 0) & live)[:, None] & in_c[None, :]
+            where = slot[:, None] * siw + c[None, :] * sic
+            value += tl.load(init + where, mask=old, other=0.0).to(tl.float32)
     return value
 
 
@@ -97,33 +98,48 @@ def _ends(offsets, sequence, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _grad_pre(
-    x, weight, bias, init, grad, at, begin, live, in_c, c, sxt, sxc, sgt, sgc,
-    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
+def gradient_before(
+    x, weight, bias, init, grad, before, table, tokens, per_row, channels,
+    sxb, sxt, sxc, sgb, sgt, sgc,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient before the activation at tokens ``at``; zero where not live."""
+    """The gradient before the SiLU (b, t, c), float32; one program a chunk of BT tokens."""
+    sequence, row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, per_row, BT, PACKED)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    in_c = c < channels
+    at = start + tl.arange(0, BT)
+    live = at < end
+    init += sequence.to(tl.int64) * channels * (W - 1)
+    pre = _pre(
+        x + row * sxb, weight, bias, init, at, begin, live, in_c, c, sxt, sxc, W - 1, 1,
+        W, INIT, BIAS, BT, BC,
+    )  # fmt: skip
+    s = sigmoid(pre)
+    kept = live[:, None] & in_c[None, :]
+    where = row * sgb + at.to(tl.int64)[:, None] * sgt + c[None, :] * sgc
+    dy = tl.load(grad + where, mask=kept, other=0.0).to(tl.float32)
+    made = dy * (s * (1.0 + pre * (1.0 - s)))
+    tl.store(before + (row * tokens + at)[:, None] * channels + c[None, :], made, mask=kept)
+
+
+@triton.jit
+def _ahead(grad, at, seen, in_c, c, sgt, sgc):
     where = at.to(tl.int64)[:, None] * sgt + c[None, :] * sgc
-    dy = tl.load(grad + where, mask=live[:, None] & in_c[None, :], other=0.0).to(tl.float32)
-    if SILU:
-        pre = _pre(
-            x, weight, bias, init, at, begin, live, in_c, c, sxt, sxc, W - 1, 1,
-            W, INIT, BIAS, BT, BC,
-        )  # fmt: skip
-        s = sigmoid(pre)
-        dy = dy * (s * (1.0 + pre * (1.0 - s)))
-    return tl.where(live[:, None], dy, 0.0)
+    return tl.load(grad + where, mask=seen[:, None] & in_c[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def backward(
-    x, weight, bias, init, grad, grad_final, dx, dweight, dbias, table, offsets, tokens, per_row,
+    x, weight, init, grad, grad_final, dx, dweight, dbias, table, offsets, tokens, per_row,
     channels, sxb, sxt, sxc, sgb, sgt, sgc,
-    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
-    PACKED: tl.constexpr, LENGTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-    BW: tl.constexpr,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
+    LENGTH: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """dx (b, t, c), and of this chunk dweight (chunks, c, W) and dbias (chunks, c)."""
+    """dx (b, t, c), and of this chunk dweight (chunks, c, W) and dbias (chunks, c).
+
+    ``grad`` is the gradient before the activation.
+    """
     index = tl.program_id(0)
     sequence, row, start, end, begin = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -141,12 +157,7 @@ def backward(
         live = at < end
         made = tl.zeros((BT, BC), tl.float32)
         for j in tl.static_range(W):
-            later = at + j
-            seen = live & (later < stop)
-            dpre = _grad_pre(
-                x, weight, bias, init, grad, later, begin, seen, in_c, c, sxt, sxc, sgt, sgc,
-                W, INIT, BIAS, SILU, BT, BC,
-            )  # fmt: skip
+            dpre = _ahead(grad, at + j, live & (at + j < stop), in_c, c, sgt, sgc)
             w = tl.load(weight + c * W + (W - 1 - j), mask=in_c, other=0.0).to(tl.float32)
             made += w[None, :] * dpre
             if j == 0:
@@ -171,10 +182,8 @@ def backward(
 
 @triton.jit
 def backward_init(
-    x, weight, bias, init, grad, grad_final, dinit, offsets, tokens, channels,
-    sxb, sxt, sxc, sgb, sgt, sgc,
-    W: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
-    BW: tl.constexpr, BC: tl.constexpr,
+    weight, grad, grad_final, dinit, offsets, tokens, channels, sgb, sgt, sgc,
+    W: tl.constexpr, PACKED: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the initial state (s, c, W - 1), which the first W - 1 tokens read."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -182,20 +191,14 @@ def backward_init(
     in_c = c < channels
     begin, end = _ends(offsets, sequence, tokens, PACKED)
     if not PACKED:
-        x += sequence * sxb
         grad += sequence * sgb
-    init += sequence * channels * (W - 1)
     k = tl.arange(0, BW)
     live = k < W - 1
     at = begin - (W - 1) + k
     made = tl.zeros((BW, BC), tl.float32)
     for j in tl.static_range(W):
-        later = at + j
-        seen = live & (later >= begin) & (later < end)
-        dpre = _grad_pre(
-            x, weight, bias, init, grad, later, begin, seen, in_c, c, sxt, sxc, sgt, sgc,
-            W, True, BIAS, SILU, BW, BC,
-        )  # fmt: skip
+        seen = live & (at + j >= begin) & (at + j < end)
+        dpre = _ahead(grad, at + j, seen, in_c, c, sgt, sgc)
         w = tl.load(weight + c * W + (W - 1 - j), mask=in_c, other=0.0).to(tl.float32)
         made += w[None, :] * dpre
     slot = at - end + (W - 1)
