@@ -96,7 +96,7 @@ class _Call:
 
 
 def _call(given: dict[str, Any]) -> _Call:
-    q, k, v, bias = (given[n] for n in ("q", "k", "v", "bias"))
+    q, k, v = (given[n] for n in ("q", "k", "v"))
     tensors = (q, k, v, *(q if given[n] is None else given[n].contiguous() for n in _NAMES[11:]))
     offsets = given["cu_seqlens"].contiguous()
     offsets_k = offsets if given["cu_seqlens_k"] is None else given["cu_seqlens_k"].contiguous()

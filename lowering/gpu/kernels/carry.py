@@ -7,8 +7,6 @@ A chunk maps the state at its start to ``decay * state + local``; maps compose a
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.chunk import chunks_of
-
 
 @triton.jit
 def combine(a1, b1, a2, b2):
@@ -78,7 +76,12 @@ def carry(
     state = tl.zeros((BE,), tl.float32)
     if INIT:
         state += tl.load(init + base + slot, mask=in_e, other=0.0).to(tl.float32)
-    begin, end = chunks_of(first, sequence, per_row, PACKED)
+    if PACKED:
+        begin = tl.load(first + sequence)
+        end = tl.load(first + sequence + 1)
+    else:
+        begin = sequence * per_row
+        end = begin + per_row
     count = end - begin
     edge = begin
     if REVERSE:

@@ -8,7 +8,7 @@ is 1.
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid
+from effpass.lowering.gpu.kernels.activations import sigmoid
 
 
 @triton.jit
@@ -21,8 +21,8 @@ def _tap(x, init, at, begin, live, in_c, c, sxt, sxc, sic, siw, W: tl.constexpr,
         if tl.min(at, 0) < begin:  # only the first tile of a sequence
             slot = at - begin + (W - 1)
             old = ((at < begin) & (slot >= 0) & live)[:, None] & in_c[None, :]
-            where = slot[:, None] * siw + c[None, :] * sic
-            value += tl.load(init + where, mask=old, other=0.0).to(tl.float32)
+            kept = slot[:, None] * siw + c[None, :] * sic
+            value += tl.load(init + kept, mask=old, other=0.0).to(tl.float32)
     return value
 
 
@@ -49,7 +49,18 @@ def forward(
     PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y (b, t, c) contiguous; one program a chunk of BT tokens and BC channels."""
-    sequence, row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, per_row, BT, PACKED)
+    if PACKED:
+        sequence = tl.load(table + tl.program_id(0) * 4)
+        start = tl.load(table + tl.program_id(0) * 4 + 1)
+        end = tl.load(table + tl.program_id(0) * 4 + 2)
+        begin = tl.load(table + tl.program_id(0) * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (tl.program_id(0) % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (tl.program_id(0) // per_row).to(tl.int64)
+        sequence = (tl.program_id(0) // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -74,7 +85,12 @@ def final_state(
     sequence = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
-    begin, end = _ends(offsets, sequence, tokens, PACKED)
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), tokens)
+    else:
+        begin = tokens * 0
+        end = tokens
     if not PACKED:
         x += sequence * sxb
     k = tl.arange(0, BW)
@@ -86,18 +102,6 @@ def final_state(
 
 
 @triton.jit
-def _ends(offsets, sequence, tokens, PACKED: tl.constexpr):
-    """First token of a sequence and the one after its last, kept inside the tensor."""
-    if PACKED:
-        begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
-        end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), tokens)
-    else:
-        begin = tokens * 0
-        end = tokens
-    return begin, end
-
-
-@triton.jit
 def gradient_before(
     x, weight, bias, init, grad, before, table, tokens, per_row, channels,
     sxb, sxt, sxc, sgb, sgt, sgc,
@@ -105,7 +109,18 @@ def gradient_before(
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient before the SiLU (b, t, c), float32; one program a chunk of BT tokens."""
-    sequence, row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, per_row, BT, PACKED)
+    if PACKED:
+        sequence = tl.load(table + tl.program_id(0) * 4)
+        start = tl.load(table + tl.program_id(0) * 4 + 1)
+        end = tl.load(table + tl.program_id(0) * 4 + 2)
+        begin = tl.load(table + tl.program_id(0) * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (tl.program_id(0) % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (tl.program_id(0) // per_row).to(tl.int64)
+        sequence = (tl.program_id(0) // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -141,10 +156,23 @@ def backward(
     ``grad`` is the gradient before the activation.
     """
     index = tl.program_id(0)
-    sequence, row, start, end, begin = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        sequence = tl.load(table + index * 4)
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        begin = tl.load(table + index * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
+        sequence = (index // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
-    _, stop = _ends(offsets, sequence, tokens, PACKED)
+    stop = tokens
+    if PACKED:
+        stop = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), tokens)
     x += row * sxb
     grad += row * sgb
     init += sequence.to(tl.int64) * channels * (W - 1)
@@ -189,7 +217,12 @@ def backward_init(
     sequence = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
-    begin, end = _ends(offsets, sequence, tokens, PACKED)
+    if PACKED:
+        begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+        end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), tokens)
+    else:
+        begin = tokens * 0
+        end = tokens
     if not PACKED:
         grad += sequence * sgb
     k = tl.arange(0, BW)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.carry import combine, last_row, scan_back
-from effpass.lowering.gpu.kernels.chunk import chunk_of
 
 
 @triton.jit
@@ -26,7 +25,14 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk from nothing, its product of decays, and the adjoint's like."""
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -60,7 +66,14 @@ def outputs(
 ):  # fmt: skip
     """h (b, t, d) contiguous, from what enters each chunk."""
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -86,7 +99,14 @@ def backward(
 ):  # fmt: skip
     """g[t] = dh[t] + a[t+1] g[t+1]; db = g, da = g h[t-1]; a chunk is one tile of BT tokens."""
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, BT, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab

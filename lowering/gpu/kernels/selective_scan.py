@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.carry import combine, scan_back_before
-from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid, softplus
+from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -54,7 +54,14 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk (chunks, n, d) from nothing, its sum of steps, the adjoint's like."""
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -118,7 +125,14 @@ def outputs(
 ):  # fmt: skip
     """y (b, t, d) contiguous, from what enters each chunk (chunks, n, d)."""
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -180,7 +194,14 @@ def backward(
     dC (blocks of channels, b t, n); ``rows`` is b t.
     """
     index = tl.program_id(0)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, BT, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (index // per_row).to(tl.int64)
     block = tl.program_id(1)
     d = _lanes(block, BD)
     in_d = d < channels

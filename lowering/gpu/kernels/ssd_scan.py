@@ -13,7 +13,7 @@ dtype where x, B and C share a narrow one, else float32 without TF32; sums are f
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid, softplus
+from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -50,7 +50,14 @@ def steps(
     Tokens that are not there have a step of 0.
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     i = tl.arange(0, LENGTH)
     at = start + i
     where = row * sdb + at.to(tl.int64) * sdt + head * sdh
@@ -98,7 +105,14 @@ def products(
 ):  # fmt: skip
     """C[i].B[j] of every chunk and group (chunks, g, LENGTH, LENGTH), float32."""
     index, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     i = tl.arange(0, LENGTH)
     at = start + i
     live = at < end
@@ -124,7 +138,14 @@ def states(
     ADJOINT: the gradient of what enters it, of dy (given as x) and C (given as B).
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     blocks = (count + BN - 1) // BN
     p = (tl.program_id(2) // blocks) * BP + tl.arange(0, BP)
     n = (tl.program_id(2) % blocks) * BN + tl.arange(0, BN)
@@ -161,7 +182,14 @@ def outputs(
 ):  # fmt: skip
     """y (b, t, h, p) contiguous, from what enters each chunk."""
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     p = tl.program_id(2) * BP + tl.arange(0, BP)
     in_p = p < width
     i = tl.arange(0, LENGTH)
@@ -210,7 +238,14 @@ def backward_x(
     """Of one chunk and head: dx (b, t, h, p), ddt (b, t, h), and its part of dA, dD, dbias
     (chunks, h)."""
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     p = tl.arange(0, BP)
     in_p = p < width
     i = tl.arange(0, LENGTH)
@@ -286,7 +321,14 @@ def backward_bc(
 ):  # fmt: skip
     """dB and dC (b, t, g, n) of one chunk, group and block of states: sums over its heads."""
     index, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _, row, start, end, _ = chunk_of(table, index, tokens, per_row, LENGTH, PACKED)
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     n = tl.program_id(2) * BN + tl.arange(0, BN)
     in_n = n < count
     p = tl.arange(0, BP)

@@ -9,7 +9,7 @@ hides whole are skipped, where positions are indices.
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.chunk import chunk_of, sigmoid
+from effpass.lowering.gpu.kernels.activations import sigmoid
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -19,14 +19,6 @@ def _product(a, b, like, HALF: tl.constexpr):
     if HALF:
         return tl.dot(a.to(like.dtype.element_ty), b.to(like.dtype.element_ty))
     return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-
-
-@triton.jit
-def _span(offsets, sequence, total):
-    """First token of a sequence and the one after its last, kept inside the tensor."""
-    begin = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), total)
-    end = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin), total)
-    return begin, end
 
 
 @triton.jit
@@ -87,9 +79,14 @@ def forward(
 ):  # fmt: skip
     """out (t, h, e); or, with DELTA, the log of the sum of weights and sum dout out, (h, t)."""
     head = tl.program_id(1)
-    sequence, _row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, 1, BM, True)
-    begin_q, end_q = _span(offsets, sequence, tokens)
-    begin_k, end_k = _span(offsets_k, sequence, tokens_k)
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
     shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
@@ -144,9 +141,14 @@ def backward_q(
 ):  # fmt: skip
     """dq (t, h, d) of one tile of queries."""
     head = tl.program_id(1)
-    sequence, _row, start, end, begin = chunk_of(table, tl.program_id(0), tokens, 1, BM, True)
-    begin_q, end_q = _span(offsets, sequence, tokens)
-    begin_k, end_k = _span(offsets_k, sequence, tokens_k)
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
     shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
@@ -190,9 +192,14 @@ def backward_kv(
     """dk (tk, hk, d) and dv (tk, hk, e) of one tile of keys, over all its query heads; dbias
     (h, tk)."""
     head_k = tl.program_id(1)
-    sequence, _row, start, end, begin = chunk_of(table, tl.program_id(0), tokens_k, 1, BN, True)
-    begin_q, end_q = _span(offsets, sequence, tokens)
-    begin_k, end_k = _span(offsets_k, sequence, tokens_k)
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
     shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at_k = start + tl.arange(0, BN)
