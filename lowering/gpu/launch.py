@@ -90,7 +90,9 @@ def _device_refusal(name: str, device: torch.device) -> str | None:
         return "needs an NVIDIA GPU, found an AMD one"
     found = _capability(device.index or 0)
     if found < CAPABILITY:
-        return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, found {found[0]}.{found[1]}"
+        return (
+            f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, found {found[0]}.{found[1]}"
+        )
     return None
 
 
@@ -141,7 +143,9 @@ def _decompose(
         _state["traced"] = before
 
 
-def gradients(op: Op, like: Tensor, given: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def gradients(
+    op: Op, like: Tensor, given: Mapping[str, Any], found: Mapping[str, Any]
+) -> tuple[Tensor, ...]:
     """One gradient for each tensor argument of ``op``, in its dtype; empty where there is none."""
     return tuple(
         found[n].to(given[n].dtype)

@@ -56,7 +56,14 @@ class _Call:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        return (self.split.tokens, self.split.per_row, self.heads, self.groups, self.width, self.count)
+        return (
+            self.split.tokens,
+            self.split.per_row,
+            self.heads,
+            self.groups,
+            self.width,
+            self.count,
+        )
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -132,9 +139,7 @@ def _steps(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return step, sums, decay, cb
 
 
-def _states(
-    call: _Call, x: Tensor, B: Tensor, step: Tensor, sums: Tensor, adjoint: bool
-) -> Tensor:
+def _states(call: _Call, x: Tensor, B: Tensor, step: Tensor, sums: Tensor, adjoint: bool) -> Tensor:
     """What leaves each chunk from nothing, or the gradient of what enters it."""
     from effpass.lowering.gpu.kernels import ssd_scan as kernels
 

@@ -164,9 +164,7 @@ def forward(*arguments: Any) -> Tensor:
         offsets, longest = given["cu_seqlens"].contiguous(), given["max_seqlen"]
         window = (-1, 0) if given["causal"] else (-1, -1)
         scale = given["scale"]
-        return theirs(
-            *each, offsets, offsets, longest, longest, scale=scale, window_size=window
-        )
+        return theirs(*each, offsets, offsets, longest, longest, scale=scale, window_size=window)
     call = _call(given)
     q, k, v = call.tensors[:3]
     meta = call.meta

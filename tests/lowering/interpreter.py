@@ -82,6 +82,11 @@ def correct() -> None:
         language(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def flipped(x: Any, dim: int | None = None) -> Any:
+        data = np.ascontiguousarray(np.flip(x.handle.data, dim))
+        return tl.tensor(interpreter.TensorHandle(data, x.handle.dtype), x.type)
+
+    tl.flip = flipped  # the same in one step
     interpreter._patch_lang_tensor = indexed
     interpreter._convert_float = converted
     builder.create_dot = multiplied

@@ -86,3 +86,21 @@ CALLS: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
     "ssd_scan": _ssd,
     "varlen_attention": _attention,
 }
+
+
+def filled(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with numbers: steps below 1, decays that forget, offsets of three sequences."""
+    made = {}
+    for name, value in call.items():
+        if not isinstance(value, Tensor):
+            made[name] = value
+        elif value.dtype == torch.int32:
+            made[name] = torch.tensor([0, 57, 300, T], dtype=torch.int32)
+        elif value.dtype == torch.int64:
+            made[name] = torch.arange(T)
+        else:
+            number = torch.randn(value.shape)
+            number = -number.exp() if name == "A" else number.sigmoid() if name == "a" else number
+            number = number.abs() if name == "dt" and not call.get("dt_softplus") else number
+            made[name] = number.to(value.dtype)
+    return made

@@ -12,7 +12,9 @@ from effpass.lowering.gpu.kernels.activations import sigmoid
 
 
 @triton.jit
-def _tap(x, init, at, begin, live, in_c, c, sxt, sxc, sic, siw, W: tl.constexpr, INIT: tl.constexpr):
+def _tap(
+    x, init, at, begin, live, in_c, c, sxt, sxc, sic, siw, W: tl.constexpr, INIT: tl.constexpr
+):
     """x at tokens ``at`` (BT,); before ``begin`` the initial state, or zero."""
     inside = (at >= begin) & live
     where = at.to(tl.int64)[:, None] * sxt + c[None, :] * sxc

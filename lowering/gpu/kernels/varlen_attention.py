@@ -238,8 +238,6 @@ def backward_kv(
             tl.store(dbias + head.to(tl.int64) * tokens_k + at_k, add, mask=live_k)
     lines = at_k.to(tl.int64)[:, None] * (heads // group) + head_k
     kept = live_k[:, None] & (d < width)[None, :]
-    tl.store(
-        dk + lines * width + d[None, :], (made_k * scale).to(dk.dtype.element_ty), mask=kept
-    )
+    tl.store(dk + lines * width + d[None, :], (made_k * scale).to(dk.dtype.element_ty), mask=kept)
     kept = live_k[:, None] & (e < width_v)[None, :]
     tl.store(dv + lines * width_v + e[None, :], made_v.to(dv.dtype.element_ty), mask=kept)
