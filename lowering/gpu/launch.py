@@ -1,7 +1,7 @@
 """How kernels are launched, when they are refused, and how a compiler sees them.
 
-Each op is registered as ``torch.library.triton_op`` would do it (the schema is the op's own, so that
-function itself cannot be used): called in eager mode it launches its kernels; AOTAutograd, and so
+Each op is registered as ``torch.library.triton_op`` would do it (that function itself would make
+its own schema and gradient): called in eager mode it launches its kernels; AOTAutograd, and so
 Inductor, trace through it and see every launch (``torch.library.wrap_triton``) and every
 allocation. Nothing here waits for the device, and no grid depends on values of a tensor, so a CUDA
 graph can hold every call.
@@ -30,9 +30,9 @@ _libraries: dict[str, torch.library.Library] = {}
 @functools.cache
 def interpreting() -> bool:
     """Whether Triton's kernels run in its interpreter (``TRITON_INTERPRET=1``), on a CPU."""
-    import triton
+    from triton import knobs
 
-    return bool(triton.knobs.runtime.interpret)
+    return bool(knobs.runtime.interpret)
 
 
 @contextlib.contextmanager

@@ -200,7 +200,7 @@ def _outputs(
 
 def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     call = _call(arguments)
-    given, ready, split = call.given, call.ready, call.split
+    given, ready = call.given, call.ready
     x, C = ready["x"], ready["C"]
     step, sums, decay, cb = _steps(call)
     local = _states(call, x, ready["B"], step, sums, False)

@@ -1,7 +1,7 @@
 """Packed attention on GPUs: torch's own varlen kernel forward where it fits, else Triton's.
 
-torch's (``torch.nn.attention.varlen``) runs self-attention of one narrow dtype, as many key heads as
-query heads, without windows, bias, soft cap or positions. The Triton kernels run all of those, and
+torch's (``torch.nn.attention.varlen``) runs self-attention of one narrow dtype, as many key heads
+as query heads, without windows, bias, soft cap or positions. The Triton kernels run all of those, and
 every gradient: torch's gradient needs numbers of its forward pass that an op without state cannot
 keep. No value of ``max_seqlen`` is relied on: tiles are counted from sizes.
 
@@ -39,7 +39,7 @@ def _refuses(*arguments: Any) -> str | None:
 
 
 @functools.cache
-def _torch_varlen() -> Callable[..., Tensor] | None:
+def _torch_varlen() -> Callable[..., Any] | None:
     """torch's varlen attention, where it is installed and takes a window."""
     import inspect
 

@@ -56,7 +56,7 @@ def define(op: str, arguments: list[Any], like: dict[str, Tensor]) -> dict[str, 
 
 
 def agree(found: dict[str, Tensor], wanted: dict[str, Tensor], row: str | None = None) -> None:
-    """Every output and gradient within ``row``, or that of its dtype; names the first that is not."""
+    """Every value within ``row``, or the row of its dtype; names the first that is not."""
     for name, tensor in found.items():
         try:
             close(tensor, wanted[name], row or ROWS[tensor.dtype])

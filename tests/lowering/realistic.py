@@ -1,4 +1,4 @@
-"""Calls of every op as models make them, without values ("meta"): sizes of Mamba and of attention."""
+"""Calls of every op as models make them, without values (device "meta")."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What no interpreter shows: that the kernels compile for a GPU, and what a compiler sees of them."""
+"""What no interpreter shows: that kernels compile for a GPU, and what a compiler sees of them."""
 
 import json
 import os

@@ -2,8 +2,8 @@
 
     python -m tests.lowering.trace_for_gpu
 
-One JSON line a launch: the op, the kernel and the arguments it writes. An op that stays whole, which
-would hide its kernels from Inductor, is an error.
+One JSON line a launch: the op, the kernel and the arguments it writes. An op that stays whole,
+which would hide its kernels from Inductor, is an error.
 """
 
 import json
@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from triton.backends.compiler import GPUTarget
 
-import effpass.lowering
+import effpass.lowering  # noqa: F401  registers the implementations
 from effpass.ops import OPS
 from tests.lowering.agreement import compiled
 from tests.lowering.realistic import CALLS

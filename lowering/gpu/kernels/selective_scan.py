@@ -10,8 +10,8 @@ backwards for its adjoint inside each thread. Decays are exp2 of steps times A l
 import triton
 import triton.language as tl
 
-from effpass.lowering.gpu.kernels.carry import combine, scan_back_before
 from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
+from effpass.lowering.gpu.kernels.carry import combine, scan_back_before
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)

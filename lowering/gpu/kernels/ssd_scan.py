@@ -153,7 +153,7 @@ def states(
     at = start + i
     live = at < end
     base = index * heads + head
-    high, low, last, last_low = _sums(sums, base, i, LENGTH)
+    high, low, last, last_low = _sums(sums, base, i, LENGTH)  # type: ignore
     if ADJOINT:
         weight = _exp(high + low)
     else:
@@ -197,7 +197,7 @@ def outputs(
     live = at < end
     base = index * heads + head
     group = head // (heads // groups)
-    high, low, _last, _low = _sums(sums, base, i, LENGTH)
+    high, low, _last, _low = _sums(sums, base, i, LENGTH)  # type: ignore
     made = tl.zeros((LENGTH, BP), tl.float32)
     for first in range(0, count, BN):
         n = first + tl.arange(0, BN)
@@ -253,7 +253,7 @@ def backward_x(
     live = at < end
     base = index * heads + head
     group = head // (heads // groups)
-    high, low, last, last_low = _sums(sums, base, i, LENGTH)
+    high, low, last, last_low = _sums(sums, base, i, LENGTH)  # type: ignore
     used = tl.load(step + base * LENGTH + i)
     value = _rows(x + head * sxh, row, at, p, sxb, sxt, sxp, live, in_p).to(tl.float32)
     dy = _rows(grad + head * sgh, row, at, p, sgb, sgt, sgp, live, in_p).to(tl.float32)
@@ -344,7 +344,7 @@ def backward_bc(
     for k in range(0, each):
         head = group * each + k
         base = index * heads + head
-        high, low, last, last_low = _sums(sums, base, i, LENGTH)
+        high, low, last, last_low = _sums(sums, base, i, LENGTH)  # type: ignore
         used = tl.load(step + base * LENGTH + i)
         value = _rows(x + head * sxh, row, at, p, sxb, sxt, sxp, live, in_p).to(tl.float32)
         dy = _rows(grad + head * sgh, row, at, p, sgb, sgt, sgp, live, in_p).to(tl.float32)

@@ -209,7 +209,7 @@ def backward_kv(
     k_at = _places(k_pos, at_k, live_k, begin_k, POSITIONS)
     made_k = tl.zeros((BN, BD), tl.float32)
     made_v = tl.zeros((BN, BE), tl.float32)
-    # a query at p sees keys from p - left to p + right: keys are seen from key - right to key + left
+    # a query at p sees keys p - left to p + right: a key is seen from key - right to key + left
     first, last = _keys(start, end, begin, -shift, begin_q, end_q, right, left, BM, POSITIONS)
     for g in range(0, group):
         head = head_k * group + g
