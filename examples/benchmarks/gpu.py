@@ -5,8 +5,9 @@
 Correctness comes first: a section that finds a wrong number writes no time and exits with 1. A
 section takes less than 8 minutes and can be resumed: cases that are in FILE are not run again, and
 a section starts no new case when its time is over (``"complete": false``). Cases that cannot run
-say why. Needs no network: models have random weights. ``--tiny`` runs everything small, on a CPU too
-(kernels in Triton's interpreter), to try the script; its times mean nothing.
+say why. Needs no network: models have random weights. ``--tiny`` runs everything small, on a CPU
+too (kernels in Triton's interpreter, graphs not compiled), to try the script; its times mean
+nothing.
 """
 
 from __future__ import annotations

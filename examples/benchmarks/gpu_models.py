@@ -17,7 +17,7 @@ from effpass.config import PASSES
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "eager": None,
-    "inductor": {"backend": "inductor"},
+    "inductor": {"backend": "inductor" if DEVICE == "cuda" else "aot_eager"},
     "effpass": {"backend": "effpass"},
 }
 LENGTHS = (57, 2048, 646)  # least, most, mean: PackMamba's setting
@@ -62,6 +62,8 @@ def _compiled(model: nn.Module, arm: str, options: dict[str, Any] | None = None)
     torch._dynamo.reset()
     if given is None:
         return model
+    if arm == "effpass" and DEVICE == "cpu":
+        options = {**(options or {}), "compiler": "eager"}
     return torch.compile(model, **given, **({"options": options} if options else {}))
 
 

@@ -1,9 +1,9 @@
 """Packed attention on GPUs: torch's own varlen kernel forward where it fits, else Triton's.
 
 torch's (``torch.nn.attention.varlen``) runs self-attention of one narrow dtype, as many key heads
-as query heads, without windows, bias, soft cap or positions. The Triton kernels run all of those, and
-every gradient: torch's gradient needs numbers of its forward pass that an op without state cannot
-keep. No value of ``max_seqlen`` is relied on: tiles are counted from sizes.
+as query heads, without windows, bias, soft cap or positions. The Triton kernels run all of those,
+and every gradient: torch's gradient needs numbers of its forward pass that an op without state
+cannot keep. No value of ``max_seqlen`` is relied on: tiles are counted from sizes.
 
 Unlike the definition, a NaN in a value reaches the queries that see it and those of their tiles,
 not every query of its sequence.

@@ -15,6 +15,7 @@ from torch import Tensor
 import effpass
 import effpass.lowering
 from effpass.lowering.gpu import launch
+from effpass.lowering.gpu.token_matching import best_matches
 from effpass.ops import OPS, varlen_attention
 from tests.lowering.agreement import ROWS, agree, compiled, define, piece, run
 from tests.lowering.interpreter import correct
@@ -249,6 +250,30 @@ def test_a_model_runs_on_the_kernels_and_the_report_says_so() -> None:
             close(grad, other, "model_gradient_fp32")
     chosen = effpass.report(compiled_model).chosen
     assert chosen and {c.implementation for c in chosen} == {"gpu"}
+
+
+@pytest.mark.parametrize("shape", [(2, 67, 130, 20), (1, 1, 1, 3), (3, 5, 64, 70)], ids=str)
+def test_token_matching_is_the_argmax(shape: tuple[int, int, int, int]) -> None:
+    batch, m, k, d = shape
+    a, b = torch.randn(batch, m, d), torch.randn(batch, d, k).transpose(1, 2)
+    a[0, 0] = 0
+    score, index = best_matches(*moved([a, b]))
+    unit = torch.nn.functional.normalize
+    wanted, place = (unit(a.double(), dim=-1) @ unit(b.double(), dim=-1).transpose(1, 2)).max(-1)
+    close(score.cpu(), wanted.float(), "products_fp32")
+    assert torch.equal(index.cpu()[wanted != 0], place[wanted != 0])
+    assert score[0, 0] == 0 and index[0, 0] == 0
+
+
+def test_of_equal_partners_the_first_is_matched() -> None:
+    b = torch.randn(1, 3, 8).repeat(1, 60, 1)
+    assert best_matches(*moved([b[:, :3], b]))[1].tolist() == [[0, 1, 2]]
+
+
+def test_a_matching_that_cannot_be_is_an_error() -> None:
+    expected = r"expected a \(batch, m, d\) and b \(batch, k, d\) with k >= 1, found \(1, 2, 3\)"
+    with pytest.raises(ValueError, match=expected):
+        best_matches(*moved([torch.ones(1, 2, 3), torch.ones(1, 0, 3)]))
 
 
 @pytest.mark.gpu
