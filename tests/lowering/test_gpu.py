@@ -65,7 +65,10 @@ ATTENTION_CALLS = [
         s,
         dtype,
         id=f"{s}-{name}",
-        marks=_marks(s.name in QUICK_ATTENTION and (name == "fp32" or s.name in QUICK_NARROW)),
+        marks=_marks(
+            s.name in QUICK_ATTENTION
+            and (name == "fp32" or (name == "bf16" and s.name in QUICK_NARROW))
+        ),
     )
     for s in ATTENTION + CAPPED
     for name, dtype in DTYPES.items()
