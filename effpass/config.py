@@ -13,7 +13,7 @@ from effpass.passes.reduce_tokens import ReduceTokens
 # in the order in which they run
 PASSES: dict[str, type] = {PackVarlen.name: PackVarlen, ReduceTokens.name: ReduceTokens}
 COMPILERS = ("inductor", "eager", "onnxruntime")
-TARGETS = ("step", "cpu", "inline")
+TARGETS = ("step", "cpu", "gpu", "inline")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -25,7 +25,8 @@ class Config:
     its name: ``{"pack_varlen": True}``.
     ``compiler``: what compiles the rewritten graph: ``"inductor"``, ``"eager"`` (run as it is) or
     ``"onnxruntime"`` (inference; what it cannot run is declined, and compiled by Inductor).
-    ``targets``: implementations allowed for ops besides ``inline``, of TARGETS; None for all.
+    ``targets``: implementations allowed for ops besides ``inline``, of TARGETS; None for all
+    but ``gpu``, whose kernels are not measured yet.
     ``mode``: a mode of ``torch.compile`` for Inductor. ``inductor``: Inductor's own options.
     ``verify``: run the rewritten graph beside the captured one before using it. ``strict``: raise
     when that fails, instead of warning and running the captured graph.

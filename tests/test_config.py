@@ -28,7 +28,7 @@ def test_unknown_value_names_the_choices_and_the_nearest() -> None:
     ):
         Config.from_options({"compiler": "inductr"})
     with pytest.raises(ValueError, match="expected targets to be one of"):
-        Config.from_options({"targets": ["gpu"]})
+        Config.from_options({"targets": ["tpu"]})
     with pytest.raises(ValueError, match="expected mode to be one of"):
         Config.from_options({"mode": "fast"})
 

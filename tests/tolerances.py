@@ -22,6 +22,17 @@ TOLERANCES: dict[str, tuple[float, float, str]] = {
     "kernel_fp32": (3e-6, 1e-7, "float32 sums in another order; measured 8e-7 at most"),
     "kernel_bf16": (2**-8, 1e-7, "one rounding to 8 bits, on either side of a tie"),
     "kernel_fp16": (2**-10, 1e-7, "one rounding to 11 bits, on either side of a tie"),
+    "products_fp32": (
+        3e-5,
+        1e-6,
+        "matrix products in chunks; gradients of steps are sums of differences; measured 1.7e-5",
+    ),
+    "products_bf16": (
+        2**-6,
+        2e-2,
+        "operands of products are rounded to 8 bits, whatever the dtype of the result",
+    ),
+    "products_fp16": (2**-9, 3e-3, "the same to 11 bits"),
     "attention_fp32": (
         3e-6,
         3e-6,

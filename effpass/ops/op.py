@@ -42,7 +42,8 @@ class Lowering:
     implementation cannot run them.
     ``overload`` is the registered torch op. With ``splice`` the forward is traced into the graph
     instead of being called, so that the compiler fuses it (and autograd differentiates it).
-    ``prepare`` begins slow work (a build) in the background, before the first use.
+    ``prepare`` begins slow work (a build) in the background, before the first use. ``asked_for``:
+    it runs only where ``targets`` name it.
     """
 
     target: str
@@ -52,6 +53,7 @@ class Lowering:
     overload: Any
     splice: bool = False
     prepare: Callable[[], None] = lambda: None
+    asked_for: bool = False
 
 
 @dataclass
@@ -151,6 +153,8 @@ class Op:
                     refused.append((lowering.target, "not in the configured targets"))
                     continue
             reason = lowering.refuses(*arguments)
+            if reason is None and lowering.asked_for and targets is None:
+                reason = "runs only where targets name it: not measured yet"
             if reason is None:
                 return lowering, refused
             refused.append((lowering.target, reason))
@@ -209,6 +213,7 @@ def implements(
     refuses: Refusal,
     splice: bool = False,
     prepare: Callable[[], None] = lambda: None,
+    asked_for: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Adds the decorated function as an implementation of ``op``, before those already there.
 
@@ -218,7 +223,7 @@ def implements(
     def decorate(forward: Callable[..., Any]) -> Callable[..., Any]:
         gradient = backward or op.backward
         overload = None if splice else _register(op, f"effpass_{target}", forward, gradient)
-        made = Lowering(target, forward, gradient, refuses, overload, splice, prepare)
+        made = Lowering(target, forward, gradient, refuses, overload, splice, prepare, asked_for)
         op.lowerings.insert(0, made)
         return forward
 
@@ -311,8 +316,8 @@ def _first_willing(op: Op, backward: bool = False) -> Callable[..., Any]:
     skip = len(op.axes.outputs) if backward else 0
 
     def run(*args: Any) -> Any:
-        willing = (w for w in op.lowerings if not w.splice and w.refuses(*args[skip:]) is None)
-        lowering = next(willing)
+        usual = [w for w in op.lowerings if not w.splice and not w.asked_for]
+        lowering = next(w for w in usual if w.refuses(*args[skip:]) is None)
         return (lowering.backward if backward else lowering.forward)(*args)
 
     return _contiguous(run)

@@ -95,17 +95,18 @@ def find_rows(
         found, longest = mixers(gm, marks)
     except RowError as reason:
         return Rows(tells, names, None, plain(), why_not=reason)
-    if not found:
-        return None  # the model's own masks keep sequences apart
+    told = [each for each in found if not (each.apart and is_op(each.node))]
+    if not told:
+        return None  # the model's own code keeps sequences apart
     return Rows(
         tells,
         names,
-        _token_input(gm, found[0].node),
+        _token_input(gm, told[0].node),
         compiled(gm, compile("plain")),
         compiled(row_form(gm, found, varlen=True), compile(NAME)),
         compiled(row_form(gm, found, varlen=False), compile(NAME)),
         longest,
-        what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(found)),
+        what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(told)),
     )
 
 

@@ -10,16 +10,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from effpass.lowering.cpu import build
-from effpass.ops import OPS, Lowering
+from effpass.ops import OPS
+from tests.lowering.agreement import ROWS, agree, compiled, define, piece, run
 from tests.ops.samples import SAMPLES, Sample, doubled
 from tests.tolerances import close
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = {
-    torch.float32: "kernel_fp32",
-    torch.bfloat16: "kernel_bf16",
-    torch.float16: "kernel_fp16",
-}
 PACKED = [s for s in SAMPLES if "cu_seqlens" in s.make()]
 KERNELS = list(dict.fromkeys(s.op for s in SAMPLES))  # attention: see test_varlen_attention.py
 SAMPLES_OF = {op: next(s for s in SAMPLES if s.op == op) for op in KERNELS}
@@ -31,58 +27,10 @@ CALLS = [
 ]
 
 
-def compiled(op: str) -> Lowering:
-    """The C++ implementation of an op."""
-    return next(w for w in OPS[op].lowerings if w.target == "cpu")
-
-
-def gradients_of(outputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Some gradients for these outputs, the same every time."""
-    made = torch.Generator().manual_seed(7)
-    return [torch.randn(out.shape, generator=made).to(out.dtype) for out in outputs]
-
-
-def run(op: str, arguments: list[Any]) -> dict[str, Tensor]:
-    """Outputs, and gradients through autograd, of the C++ implementation, by name."""
-    leaves = [
-        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in arguments
-    ]
-    outputs = compiled(op).overload(*leaves)
-    names = [n for n, a in zip(OPS[op].signature.parameters, leaves, strict=True) if _wants(a)]
-    grads = torch.autograd.grad(outputs, [a for a in leaves if _wants(a)], gradients_of(outputs))
-    found = dict(zip(OPS[op].axes.outputs, (o.detach() for o in outputs), strict=True))
-    return found | {f"grad {n}": g for n, g in zip(names, grads, strict=True)}
-
-
-def _wants(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.requires_grad
-
-
-def define(op: str, arguments: list[Any], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the definition says in float64, in the dtypes of ``like``."""
-    exact = doubled(arguments)
-    outputs = OPS[op].reference(*exact)
-    given = [like[name] for name in OPS[op].axes.outputs]
-    grads = OPS[op].backward(*(g.double() for g in gradients_of(tuple(given))), *exact)
-    found = dict(zip(OPS[op].axes.outputs, outputs, strict=True))
-    found |= {f"grad {n}": g for n, g in zip(OPS[op].tensor_names, grads, strict=True)}
-    return {name: found[name].to(tensor.dtype) for name, tensor in like.items()}
-
-
 @functools.cache
 def expected(sample: Sample, dtype: torch.dtype | None) -> dict[str, Tensor]:
     arguments = sample.arguments(dtype)
     return define(sample.op, arguments, run(sample.op, arguments))
-
-
-def agree(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Every output and gradient within the row of its dtype; names the first that is not."""
-    for name, tensor in found.items():
-        try:
-            close(tensor, wanted[name], ROWS[tensor.dtype])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
 
 
 @pytest.mark.parametrize(("sample", "dtype"), CALLS)
@@ -140,33 +88,15 @@ def test_threads_agree_and_repeat(op: str, which: int, three_threads: None) -> N
         assert torch.equal(found[name], alone[name]), name
 
 
-def _piece(sample: Sample, i: int, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Of every tensor what belongs to sequence ``i``: its tokens, its state, or all of it."""
-    op = OPS[sample.op]
-    given = op.bind(*sample.arguments())
-    start, end = given["cu_seqlens"][i : i + 2].tolist()
-    axes = {**op.axes.inputs, **op.axes.outputs}
-    axes |= {f"grad {name}": dims for name, dims in op.axes.inputs.items()}
-    piece = {}
-    for name, tensor in tensors.items():
-        dims = axes.get(name, ())
-        if isinstance(tensor, Tensor) and "t" in dims:
-            tensor = tensor[:, start:end]
-        elif isinstance(tensor, Tensor) and "s" in dims:
-            tensor = tensor[i : i + 1]
-        piece[name] = tensor
-    return piece
-
-
 @pytest.mark.parametrize("sample", PACKED, ids=str)
 def test_packed_is_separate(sample: Sample, isa: str) -> None:
     op = OPS[sample.op]
     given = op.bind(*sample.arguments())
     packed = dict(zip(op.axes.outputs, compiled(sample.op).forward(*given.values()), strict=True))
     for i in range(given["cu_seqlens"].shape[0] - 1):
-        one = {**_piece(sample, i, given), "cu_seqlens": None}
+        one = {**piece(sample, i, given), "cu_seqlens": None}
         alone = compiled(sample.op).forward(*one.values())
-        agree(_piece(sample, i, packed), dict(zip(op.axes.outputs, alone, strict=True)))
+        agree(piece(sample, i, packed), dict(zip(op.axes.outputs, alone, strict=True)))
 
 
 @pytest.mark.parametrize("sample", PACKED, ids=str)
@@ -182,8 +112,8 @@ def test_a_bad_sequence_stays_alone(sample: Sample, isa: str) -> None:
     assert not found[next(iter(op.axes.outputs))].isfinite().all()
     shared = {f"grad {n}" for n, d in op.axes.inputs.items() if "t" not in d and "s" not in d}
     for i in set(range(len(lengths))) - {worst}:
-        wanted = _piece(sample, i, clean)
-        for name, tensor in _piece(sample, i, found).items():
+        wanted = piece(sample, i, clean)
+        for name, tensor in piece(sample, i, found).items():
             assert name in shared or torch.equal(tensor, wanted[name]), (i, name)
 
 

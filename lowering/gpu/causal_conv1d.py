@@ -1,0 +1,170 @@
+"""The causal convolution on GPUs.
+
+Every dtype of float32, bfloat16 and float16 may be mixed; arithmetic is float32. x and its gradient
+are read where they lie, channel-last or channel-first; sums over tokens (weight, bias) are added in
+a fixed order, so results repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effpass.lowering.gpu.chunks import chunks
+from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
+from effpass.ops.causal_conv1d import causal_conv1d
+from effpass.ops.op import implements
+
+WIDEST = 16
+_NAMES = tuple(causal_conv1d.signature.parameters)
+
+
+def _refuses(*arguments: Any) -> str | None:
+    given = dict(zip(_NAMES, arguments, strict=True))
+    width = given["weight"].shape[1]
+    if width > WIDEST:
+        return f"weight has {width} taps; needs at most {WIDEST}"
+    if given["x"].shape[2] == 0:
+        return "x has no channels; needs at least 1"
+    return refusal(given)
+
+
+def _blocks(channels: int) -> int:
+    return (channels + 63) // 64
+
+
+def _power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    from effpass.lowering.gpu.kernels import causal_conv1d as kernels
+
+    given = dict(zip(_NAMES, arguments, strict=True))
+    x, cu_seqlens = given["x"], given["cu_seqlens"]
+    weight, bias, init, flags = _ready(given)
+    channels, width = weight.shape
+    split = chunks(x, cu_seqlens, 128)
+    offsets = weight if cu_seqlens is None else cu_seqlens.contiguous()
+    dx, f32 = x.new_empty(x.shape), torch.float32
+    dweight = x.new_empty((split.count, channels, width), dtype=f32)
+    dbias = x.new_empty((split.count, channels) if flags["BIAS"] else (0,), dtype=f32)
+    final, blocks = grad_final_state.contiguous(), _blocks(channels)
+    if flags.pop("SILU"):
+        grad_y = _before(given, weight, bias, init, flags, grad_y)
+    launch(
+        kernels.backward,
+        (split.count, blocks),
+        *(x, weight, init, grad_y, final, dx, dweight, dbias, split.table, offsets),
+        *(split.tokens, split.per_row, channels, *x.stride(), *grad_y.stride()),
+        **flags,
+        W=width,
+        LENGTH=split.length,
+        BT=32,
+        BC=64,
+        BW=_power(width),
+    )
+    found = {"x": dx, "weight": dweight.sum(0)}
+    if flags["BIAS"]:
+        found["bias"] = dbias.sum(0)
+    if flags["INIT"]:
+        found["initial_state"] = x.new_empty(init.shape, dtype=f32)
+        launch(
+            kernels.backward_init,
+            (split.sequences if width > 1 else 0, blocks),
+            *(weight, grad_y, final, found["initial_state"], offsets),
+            *(split.tokens, channels, *grad_y.stride()),
+            PACKED=flags["PACKED"],
+            W=width,
+            BW=_power(width),
+            BC=64,
+        )
+    return gradients(causal_conv1d, grad_y, given, found)
+
+
+def _before(
+    given: dict[str, Any],
+    weight: Tensor,
+    bias: Tensor,
+    init: Tensor,
+    flags: dict[str, bool],
+    grad: Tensor,
+) -> Tensor:
+    """The gradient before the SiLU (b, t, c), float32."""
+    from effpass.lowering.gpu.kernels import causal_conv1d as kernels
+
+    x = given["x"]
+    split, (channels, width) = chunks(x, given["cu_seqlens"], 32), weight.shape
+    made = x.new_empty(x.shape, dtype=torch.float32)
+    launch(
+        kernels.gradient_before,
+        (split.count, _blocks(channels)),
+        *(x, weight, bias, init, grad, made, split.table),
+        *(split.tokens, split.per_row, channels, *x.stride(), *grad.stride()),
+        **flags,
+        W=width,
+        BT=32,
+        BC=64,
+    )
+    return made
+
+
+def _ready(given: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, bool]]:
+    """Weight, bias and initial state as the kernels read them, and which of them there are."""
+    weight, bias, init = (given[n] for n in ("weight", "bias", "initial_state"))
+    weight = weight.contiguous()
+    flags = {
+        "INIT": init is not None,
+        "BIAS": bias is not None,
+        "SILU": given["activation"] == "silu",
+        "PACKED": given["cu_seqlens"] is not None,
+    }
+    bias = weight if bias is None else bias.contiguous()
+    return weight, bias, weight if init is None else init.contiguous(), flags
+
+
+@implements(causal_conv1d, target="gpu", backward=_backward, refuses=_refuses, asked_for=True)
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``effpass.ops.causal_conv1d`` of CUDA tensors, with the same arguments and results."""
+    from effpass.lowering.gpu.kernels import causal_conv1d as kernels
+
+    arguments = (x, weight, bias, activation, initial_state, cu_seqlens)
+    weight, bias, init, flags = _ready(dict(zip(_NAMES, arguments, strict=True)))
+    channels, width = weight.shape
+    split = chunks(x, cu_seqlens, 32)
+    y = x.new_empty(x.shape)
+    final = x.new_empty((split.sequences, channels, width - 1))
+    launch(
+        kernels.forward,
+        (split.count, _blocks(channels)),
+        *(x, weight, bias, init, y, split.table, split.tokens, split.per_row, channels),
+        *x.stride(),
+        **flags,
+        W=width,
+        BT=32,
+        BC=64,
+    )
+    launch(
+        kernels.final_state,
+        (split.sequences if width > 1 else 0, _blocks(channels)),
+        *(x, init, final, weight if cu_seqlens is None else cu_seqlens.contiguous()),
+        *(split.tokens, channels, *x.stride()),
+        W=width,
+        INIT=flags["INIT"],
+        PACKED=flags["PACKED"],
+        BW=_power(width - 1),
+        BC=64,
+    )
+    return y, final
+
+
+traceable(causal_conv1d, forward, _backward)
