@@ -19,10 +19,11 @@ from torch._dynamo.variables.lazy import LazyVariableTracker
 NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx", "position_ids")
 
 
-def marked(function: Any) -> Any:
+def marked(function: Any, first: str) -> Any:
     """``function`` on a first argument that is marked as a packed row, where boundaries are given.
 
-    They are given to the function itself (transformers hands down ``kwargs``), or to the model.
+    ``first`` is that argument's name. Boundaries are given to the function itself (transformers
+    hands down ``kwargs``), or to the model.
     """
 
     def traced(*args: Any, **kwargs: Any) -> Any:
@@ -39,8 +40,11 @@ def marked(function: Any) -> Any:
             return function(*args, **kwargs)
         args = tuple(_not_parameter(value) for value in args)
         kwargs = {name: _not_parameter(value) for name, value in kwargs.items()}
-        first = torch.ops.effpass.packed_row.default(args[0], offsets, numbers, positions)
-        return function(first, *args[1:], **kwargs)
+        row = args[0] if args else kwargs[first]
+        row = torch.ops.effpass.packed_row.default(row, offsets, numbers, positions)
+        if args:
+            return function(row, *args[1:], **kwargs)
+        return function(**(kwargs | {first: row}))
 
     return traced
 

@@ -226,8 +226,8 @@ def _names(code: Any) -> set[str]:
 def _substitute(owner: type | None, function: FunctionType, row: Row) -> str | None:
     original = _traceable(function)
     adapter = _on_cpu(row.adapter(original), original)
-    if row.within == "transformers":
-        adapter = caller.marked(adapter)
+    if row.marks:
+        adapter = caller.marked(adapter, row.parameters.split()[0])
     try:
         torch.compiler.substitute_in_graph(function, skip_signature_check=True)(adapter)
     except ValueError as error:

@@ -18,6 +18,7 @@ class Row:
     library may lack the last ``newer`` ones. ``companion`` is a function that stands beside it in
     every module. ``reference`` names the torch function, in the same module, that a kernel is
     specified by. ``within`` is a prefix of the module's name; ``method``: it lives in a class.
+    ``marks``: it may be handed the boundaries of packed rows.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     within: str = ""
     method: bool = False
     bfloat16: bool = True
+    marks: bool = False
 
     @property
     def signatures(self) -> list[tuple[str, ...]]:
@@ -55,6 +57,7 @@ TRANSFORMERS = (
         cases.scan,
         companion="mamba_selective_state_update",
         within="transformers",
+        marks=True,
     ),
     Row(
         "mamba_selective_state_update",
@@ -64,6 +67,7 @@ TRANSFORMERS = (
         cases.scan_step,
         companion="mamba_selective_scan",
         within="transformers",
+        marks=True,
     ),
     Row(
         "mamba2_chunk_scan",
@@ -74,6 +78,7 @@ TRANSFORMERS = (
         cases.chunk_scan,
         companion="mamba2_selective_state_update",
         within="transformers",
+        marks=True,
     ),
     Row(
         "mamba2_split_conv1d_scan_combined",
@@ -94,6 +99,7 @@ TRANSFORMERS = (
         cases.chunk_scan_step,
         companion="mamba2_chunk_scan",
         within="transformers",
+        marks=True,
     ),
     Row(
         "causal_conv1d_fn",
@@ -103,6 +109,7 @@ TRANSFORMERS = (
         cases.conv,
         companion="causal_conv1d_update",
         within="transformers",
+        marks=True,
     ),
     Row(
         "causal_conv1d_update",
@@ -112,6 +119,7 @@ TRANSFORMERS = (
         cases.conv_step,
         companion="causal_conv1d_fn",
         within="transformers",
+        marks=True,
     ),
 )
 

@@ -29,7 +29,9 @@ def named(row: Row) -> str:
     return row.name
 
 
-every_row = pytest.mark.parametrize("row", TRANSFORMERS, ids=named)
+WHOLE = "mamba2_split_conv1d_scan_combined"  # a kernel for a layer: None where there is none
+COMPUTED = [row for row in TRANSFORMERS if row.name != WHOLE]
+every_row = pytest.mark.parametrize("row", COMPUTED, ids=named)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +87,7 @@ def test_one_op_with_all_options(row: Row) -> None:
     assert traced.ops() == {row.op: 1}
 
 
-@pytest.mark.parametrize("row", [r for r in TRANSFORMERS if "update" not in r.name], ids=named)
+@pytest.mark.parametrize("row", [r for r in COMPUTED if "update" not in r.name], ids=named)
 def test_lengths_are_dynamic(row: Row) -> None:
     """Three lengths, two compilations, the second with symbolic shapes."""
     traced = Traced(lambda values: function(row)(**values))
@@ -152,13 +154,30 @@ def test_a_step_whose_heads_are_not_tied_runs_the_library() -> None:
 
 
 @pytest.mark.parametrize("packed", ["seq_idx", "cu_seqlens"])
-@pytest.mark.parametrize("row", [r for r in TRANSFORMERS if r.name != CLOSED], ids=named)
-def test_packed_sequences_are_refused(row: Row, packed: str) -> None:
-    arguments = row.cases(make)[0] | {packed: torch.zeros(1, 5)}  # type: ignore[index]
-    with pytest.raises(ValueError, match=f"{row.name}.*{packed}=None"):
-        row.adapter(inspect.unwrap(function(row)))(**arguments)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot keep packed sequences apart"):
-        Traced(lambda values: function(row)(**values))(arguments)
+@pytest.mark.parametrize("row", [r for r in COMPUTED if r.name != CLOSED], ids=named)
+def test_packed_sequences_are_marked(row: Row, packed: str) -> None:
+    """By keyword or not; what knows nothing of marks raises when it runs them."""
+    arguments = row.cases(make)[0] | {packed: torch.zeros(1, 5, dtype=torch.int32)}  # type: ignore[index]
+    first, *rest = arguments
+    by_place = Traced(lambda values: function(row)(values[first], **{n: values[n] for n in rest}))
+    for traced in (Traced(lambda values: function(row)(**values)), by_place):
+        with pytest.raises(ValueError, match="cannot keep packed sequences apart"):
+            traced(arguments)
+        assert traced.ops() == {row.op: 1, "packed_row": 1}
+
+
+def test_a_kernel_that_is_not_there_answers_none() -> None:
+    """Its wrapper would raise for packed rows; the layer goes on with functions that are known."""
+    (row,) = (row for row in TRANSFORMERS if row.name == WHOLE)
+    arguments = row.cases(make)[0] | {"seq_idx": torch.zeros(1, 5, dtype=torch.int32)}  # type: ignore[index]
+    with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+        function(row)(**arguments)
+
+    def layer(values: dict[str, Any]) -> Tensor:
+        assert function(row)(**values) is None
+        return values["zxbcdt"] + 1
+
+    assert torch.equal(Traced(layer)(arguments), arguments["zxbcdt"] + 1)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "rwkv"])
