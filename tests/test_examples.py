@@ -54,6 +54,7 @@ def quick(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_compare(tmp_path: Path) -> None:
     rows = "mamba1_decoding,scan_alone,scan_memory"
     result = quick(tmp_path, "--rows", rows, "--arms", "eager,effpass")
