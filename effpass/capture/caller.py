@@ -16,7 +16,7 @@ from torch._dynamo.comptime import comptime
 from torch._dynamo.variables import ConstDictVariable, TensorVariable
 from torch._dynamo.variables.lazy import LazyVariableTracker
 
-NAMES = ("cu_seqlens", "cu_seq_lens_q", "seq_idx", "position_ids")
+NAMES = ("cu_seq_lens_q", "seq_idx", "position_ids")
 
 
 def marked(function: Any, first: str) -> Any:
@@ -61,7 +61,7 @@ def _tell(context: Any) -> None:
     while getattr(root, "parent", None) is not None:
         root = root.parent
     given = {name: value for name, value in _arguments(root) if _is_tensor(value)}
-    offsets = given.get("cu_seqlens", given.get("cu_seq_lens_q"))
+    offsets = given.get("cu_seq_lens_q")
     told = {"model_offsets": offsets, "model_numbers": given.get("seq_idx")}
     told["model_positions"] = given.get("position_ids")
     for name, value in told.items():

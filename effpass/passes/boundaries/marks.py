@@ -18,7 +18,7 @@ from effpass.graph.region import ancestors
 from effpass.graph.source import layer, line
 from effpass.ops.packed_row import MARK
 
-EXPLICIT = {"cu_seqlens": "cu_seqlens", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
+EXPLICIT = {"cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}  # as transformers names them
 TOLD = ("cu_seqlens", "seq_idx", "position_ids")
 NAMES = EXPLICIT | {"position_ids": "position_ids"}
 _NAME = re.compile(rf"(?:^|_)({'|'.join(NAMES)})_?$")
