@@ -40,7 +40,7 @@ def sequences(lengths: list[int]) -> list[Tensor]:
 
 def row(family: str, ids: list[Tensor]) -> Row:
     """The sequences in one row, its positions numbered as the family numbers them."""
-    start = 2 if family == "roberta" else 0
+    start = 1 if family == "roberta" else 0  # its padding token is 0
     (made,) = effpass.pack(ids, max_tokens=sum(map(len, ids)), position_start=start)
     return made
 
