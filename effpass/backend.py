@@ -92,6 +92,7 @@ def compile_graph(
     if rows is not None and rows.what is not None:
         report.applied.append(rows.what)
         report.forms = rows.counts
+        _without_runtime(config, report)
         if config.verify:
             report.verified = "not run: a row runs as its boundaries tell"
         report.nodes_after = len(graph.graph.nodes)
@@ -231,17 +232,22 @@ def _packed(
         report.applied += found.what
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
-        if config.compiler == "onnxruntime":
-            report.compiler = "inductor"
-            reason = "both forms of a packed graph are compiled when they are first run"
-            hint = "Inductor compiles them"
-            report.declined.append(Declined("onnxruntime", "", reason, hint))
+        _without_runtime(config, report)
         reason = f"{each.name} already runs this graph, and the two are not combined yet"
         report.declined += [Declined(p.name, "", reason) for p in config.passes[i + 1 :]]
         if isinstance(found, ReducedForms):
             report.reductions.append(found.reduction)
         return found.run
     return None
+
+
+def _without_runtime(config: Config, report: GraphReport) -> None:
+    """Declines ONNX Runtime for a graph of several forms."""
+    if config.compiler == "onnxruntime":
+        report.compiler = "inductor"
+        reason = "both forms of a packed graph are compiled when they are first run"
+        hint = "Inductor compiles them"
+        report.declined.append(Declined("onnxruntime", "", reason, hint))
 
 
 def _in_runtime(

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from effpass.graph.clean import graphs
-from effpass.graph.source import layer, line
+from effpass.graph.source import keep_source, layer, line
 from effpass.ops import OPS, Lowering, Op
 from effpass.report import Chosen
 
@@ -93,10 +93,7 @@ def _splice(node: Node, given: list[Any], lowering: Lowering) -> None:
         for inner in traced.graph.nodes:
             if inner.op in ("placeholder", "output"):
                 continue
-            env[inner] = graph.node_copy(inner, lambda n: env[n])
-            for key in ("stack_trace", "nn_module_stack"):
-                if key in node.meta:
-                    env[inner].meta[key] = node.meta[key]
+            env[inner] = keep_source(node, graph.node_copy(inner, lambda n: env[n]))
     results = [env[out] for out in traced.graph.output_node().args[0]]  # type: ignore[union-attr]
     for user in list(node.users):
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]

@@ -20,6 +20,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from effpass.axes.relation import draws
 from effpass.graph.verify import VerificationError, cannot_run, difference
 from effpass.graph.writes import writes
 
@@ -83,17 +84,9 @@ def _refuse(graph: GraphModule, inputs: Sequence[Any]) -> None:
             raise Unsuitable(f"{node.name} changes a mode that an ONNX graph does not show")
         if node.op == "call_function" and writes(node):
             raise Unsuitable(f"{node.name} writes in place")
-        if _random(node):
+        if draws(node):
             raise Unsuitable(f"{node.name} draws random numbers")
     _refuse_aliases(graph)
-
-
-def _random(node: Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    idle = node.kwargs.get("train") is False or (len(node.args) > 2 and node.args[2] is False)
-    attends = "attention" in str(node.target)  # drops nothing in evaluation
-    drops = attends and any(isinstance(a, float) and a > 0 for a in node.args[4:5])
-    return torch.Tag.nondeterministic_seeded in tags and not idle and (drops or not attends)
 
 
 def _refuse_aliases(graph: GraphModule) -> None:

@@ -141,6 +141,11 @@ def opname(node: Node) -> str:
     return node.target._opname  # type: ignore[union-attr]
 
 
+def is_attention(node: Node) -> bool:
+    """Whether a node is torch's attention."""
+    return opname(node) == "scaled_dot_product_attention"
+
+
 def expression(size: Any) -> sympy.Expr:
     """A size as an expression: equal expressions are equal sizes, whatever the symbols are."""
     if isinstance(size, SymInt):

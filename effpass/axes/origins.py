@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
-from effpass.axes.labels import Dim, opname, single
+from effpass.axes.labels import Dim, is_attention, opname, single
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.axes.solve import Place, Solution, meetings, solve
 
@@ -102,7 +102,7 @@ def _given_by_attention(solution: Solution) -> list[Given]:
     """Queries (b, h, t, d) whose first dim is one axis."""
     found: list[Given] = []
     for node in solution.relations:
-        if opname(node) != "scaled_dot_product_attention":
+        if not is_attention(node):
             continue
         query = arguments(node)["query"]
         if values(query)[0].dim() == 4:

@@ -169,6 +169,14 @@ def arguments(node: Node) -> dict[str, Any]:
     return dict(names) | node.kwargs | dict(zip((n for n, _ in names), node.args, strict=False))
 
 
+def draws(node: Node) -> bool:
+    """Whether a node draws random numbers: an idle dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = arguments(node)
+    return bool(given.get("train", True)) and given.get("dropout_p") != 0.0
+
+
 @functools.lru_cache(maxsize=1024)
 def _defaults(target: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((a.name, a.default_value) for a in target._schema.arguments)

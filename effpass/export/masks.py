@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from effpass.export.program import ExportError, Program, resized
+from effpass.graph.region import ancestors
 from effpass.graph.source import layer
 
 LONGEST = 4096  # tokens of a mask that is evaluated
@@ -57,7 +58,7 @@ def reach(made: Program, attention: Node) -> int | None:
 
 def _evaluated(made: Program, mask: Node, where: str) -> Tensor:
     """The mask (batch, heads, queries, keys) as booleans, longer than any number in its making."""
-    wanted = _behind(mask)
+    wanted = ancestors([mask])
     inputs = [n for n in wanted if n.op == "placeholder"]
     names = {n.name for n in inputs}
     if not names <= set(made.kwargs):
@@ -84,17 +85,6 @@ def _evaluated(made: Program, mask: Node, where: str) -> Tensor:
         found: Tensor = GraphModule(made.program.graph_module, graph)(*given)
     found = found if found.dtype == torch.bool else found > CLOSED
     return found.reshape((1,) * (4 - found.dim()) + tuple(found.shape))
-
-
-def _behind(mask: Node) -> set[Node]:
-    wanted: set[Node] = set()
-    pending = [mask]
-    while pending:
-        node = pending.pop()
-        if node not in wanted:
-            wanted.add(node)
-            pending += node.all_input_nodes
-    return wanted
 
 
 def _numbers(node: Node) -> list[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan_op
 from torch._ops import HigherOrderOperator
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -128,6 +128,16 @@ def ancestors(nodes: Iterable[Node]) -> set[Node]:
             found.add(node)
             pending += node.all_input_nodes
     return found
+
+
+def subgraph(gm: GraphModule, nodes: Iterable[Node]) -> tuple[Graph, dict[Node, Node]]:
+    """All inputs of a graph and what makes ``nodes``, without an output; where each node is."""
+    wanted = ancestors(nodes)
+    graph, env = Graph(), dict[Node, Node]()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in wanted:
+            env[node] = graph.node_copy(node, env.__getitem__)
+    return graph, env
 
 
 def constant(node: Node, limit: int = 1 << 24) -> Tensor | None:

@@ -34,6 +34,14 @@ def line(node: torch.fx.Node) -> str:
     return f"{Path(frames[-1]['file']).name}:{frames[-1]['line']}" if frames else ""
 
 
+def keep_source(node: torch.fx.Node, made: torch.fx.Node) -> torch.fx.Node:
+    """Gives ``made`` the layer and line of ``node``, which it stands for."""
+    for key in ("stack_trace", "nn_module_stack"):
+        if key in node.meta:
+            made.meta[key] = node.meta[key]
+    return made
+
+
 def modules(gm: torch.fx.GraphModule) -> set[str]:
     """Names of the Python modules that define the layers of a graph."""
     stacks = (node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor
 from torch._dynamo import maybe_mark_dynamic
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import expression
-from effpass.axes.relation import arguments
-from effpass.graph.region import ancestors
+from effpass.axes.relation import draws
+from effpass.graph.region import subgraph
 from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.packing.find import packed_form
@@ -57,7 +57,7 @@ class Forms:
         total = self.run.fits(mask, real, inputs)
         if not total:
             return "not run: this batch has no padding, or such that the plain graph runs"
-        if any(map(_random, self.plain.graph.nodes)):
+        if any(map(draws, self.plain.graph.nodes)):
             return "not run: the graph draws random numbers, for other tokens when it runs packed"
         count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
         expected = run_copy(self.plain, inputs)
@@ -112,14 +112,6 @@ class PackVarlen:
         return Forms(rewriter, gm, packed, run, tuple(made))
 
 
-def _random(node: Node) -> bool:
-    """Whether a node draws random numbers: an idle dropout does not."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    given = arguments(node)
-    return bool(given.get("train", True)) and given.get("dropout_p") != 0.0
-
-
 def needs(rewriter: Rewriter) -> Needs:
     """What the packed form needs of a batch."""
     readers = rewriter.readers
@@ -138,11 +130,7 @@ def needs(rewriter: Rewriter) -> Needs:
 def _picks(gm: GraphModule, readers: Readers) -> GraphModule:
     """The graph's own code for rows and positions that are read, and for targets."""
     targets = [each.target for each in readers.ignored]
-    wanted = ancestors([*(node for pair in readers.picks for node in pair), *targets])
-    graph, env = Graph(), dict[Node, Node]()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in wanted:
-            env[node] = graph.node_copy(node, env.__getitem__)
+    graph, env = subgraph(gm, [*(node for pair in readers.picks for node in pair), *targets])
     pairs = [(env[rows], env[positions]) for rows, positions in readers.picks]
     graph.output((pairs, [env[target] for target in targets]))
     return GraphModule(gm, graph)

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
 from torch.fx import GraphModule, Node
 
-from effpass.axes.labels import expression, opname
+from effpass.axes.labels import expression
 from effpass.axes.relation import arguments, values
 from effpass.graph.clean import graphs
-from effpass.passes.boundaries.honour import is_op, mixers, row_form
+from effpass.ops.nodes import takes_boundaries
+from effpass.passes.boundaries.honour import mixers, row_form
 from effpass.passes.boundaries.marks import Marks, RowError, take, unread
 from effpass.passes.boundaries.offsets import offsets
 from effpass.passes.pack_varlen import Compile, compiled
@@ -29,6 +30,7 @@ Run = Callable[..., Any]
 NAME = "packed_rows"
 PLAIN = ("scaled_dot_product_attention", "softmax", "_softmax", "conv1d", "convolution", "cumsum")
 PAD = "pad the sequences"
+UNREAD = "the graph could not be captured (see the report)"
 __all__ = ["NAME", "Rows", "find_rows", "take"]
 
 
@@ -62,14 +64,16 @@ class Rows:
         if found is None:
             self.counts["plain"] += 1
             return self.plain(*inputs)
-        if self.row is None or self.masked is None:
+        if self.row is None:
             raise ValueError(str(self.why_not))
         self.counts[NAME] += 1
         device = given[self.names[0]].device
         cu_seqlens = found.to(device, non_blocking=True)
         maybe_mark_dynamic(cu_seqlens, 0)
-        short = self.longest is None or (tokens is not None and tokens <= self.longest)
-        return (self.row if short else self.masked)(*inputs, cu_seqlens)
+        run = self.row
+        if self.masked is not None and (tokens is None or tokens > (self.longest or 0)):
+            run = self.masked
+        return run(*inputs, cu_seqlens)
 
 
 def find_rows(
@@ -81,7 +85,7 @@ def find_rows(
     own at once. Raises RowError where boundaries are given and cannot be honoured.
     """
     lost = unread(marks)
-    leaks = [n for body in graphs(gm) for n in body.graph.nodes if opname(n) in PLAIN or is_op(n)]
+    leaks = [n for body in graphs(gm) for n in body.graph.nodes if _mixes(n)]
     if lost and leaks:
         raise RowError(
             leaks[0],
@@ -92,10 +96,12 @@ def find_rows(
         return None
     tells, names = marks.tells, marks.names
     try:
+        if not all("val" in n.meta for n in gm.graph.find_nodes(op="placeholder")):
+            raise RowError(leaks[0], UNREAD, PAD)
         found, longest = mixers(gm, marks)
     except RowError as reason:
         return Rows(tells, names, None, plain(), why_not=reason)
-    told = [each for each in found if not (each.apart and is_op(each.node))]
+    told = [each for each in found if not (each.apart and takes_boundaries(each.node))]
     if not told:
         return None  # the model's own code keeps sequences apart
     return Rows(
@@ -104,15 +110,21 @@ def find_rows(
         _token_input(gm, told[0].node),
         compiled(gm, compile("plain")),
         compiled(row_form(gm, found, varlen=True), compile(NAME)),
-        compiled(row_form(gm, found, varlen=False), compile(NAME)),
+        compiled(row_form(gm, found, varlen=False), compile(NAME)) if longest else None,
         longest,
         what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(told)),
     )
 
 
+def _mixes(node: Node) -> bool:
+    """Whether a node may mix tokens; by its name where the graph is Dynamo's own."""
+    name = getattr(node.target, "_opname", getattr(node.target, "__name__", node.target))
+    return name in PLAIN or takes_boundaries(node)
+
+
 def _token_input(gm: GraphModule, mixer: Node) -> tuple[int, int] | None:
     """An input, by its place, and the dim in which it has one entry a token of the row."""
-    source, at = (mixer.args[0], 1) if is_op(mixer) else (arguments(mixer)["query"], -2)
+    source, at = (mixer.args[0], 1) if takes_boundaries(mixer) else (arguments(mixer)["query"], -2)
     assert isinstance(source, Node)
     size = expression(values(source)[0].shape[at])
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):

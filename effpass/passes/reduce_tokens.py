@@ -16,7 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import opname
-from effpass.axes.relation import arguments, is_tensor, values
+from effpass.axes.relation import arguments, draws, is_tensor, values
+from effpass.graph.region import ancestors
 from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.reduction.anchors import Settings
@@ -63,8 +64,7 @@ class Forms:
         reason = cannot_run(self.plain, inputs)
         if reason is not None:
             return f"not run: {reason}"
-        if any(torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()) and _drawn(n)
-               for n in self.plain.graph.nodes):  # fmt: skip
+        if any(map(draws, self.plain.graph.nodes)):
             return "not run: the graph draws random numbers"
         tokens = self.run.length(inputs)
         found = self.run.lengths(tokens)
@@ -272,19 +272,8 @@ def _ordered(mixer: Node) -> bool:
     if opname(mixer) != ATTENTION:
         return bool(effpass_op(mixer))
     given = arguments(mixer)
-    pending, seen = [given["attn_mask"]] if is_tensor(given["attn_mask"]) else [], set[Node]()
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending += node.all_input_nodes
-    return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in seen)
-
-
-def _drawn(node: Node) -> bool:
-    """Whether a node draws random numbers: an idle dropout does not."""
-    given = arguments(node)
-    return bool(given.get("train", True)) and given.get("dropout_p") != 0.0
+    mask = [given["attn_mask"]] if is_tensor(given["attn_mask"]) else []
+    return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in ancestors(mask))
 
 
 def _record(

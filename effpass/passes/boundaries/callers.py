@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
-from effpass.axes.labels import opname
+from effpass.axes.labels import is_attention
 from effpass.axes.relation import arguments
 from effpass.graph.source import layer, line
-from effpass.ops import OPS
-from effpass.passes.boundaries.marks import EXPLICIT, given_to_frame
+from effpass.ops.nodes import called, takes_boundaries
+from effpass.passes.boundaries.marks import given_to_frame, told_by
 
 Run = Callable[..., Any]
 CALLS = frozenset(
@@ -56,19 +55,9 @@ def watched(gm: GraphModule, make: Callable[[], Run]) -> Run:
 
 
 def given_above() -> list[str]:
-    """Names of boundaries that the modules being called were given by keyword.
-
-    Positions count where they restart and no padding mask is with them.
-    """
-    for kwargs in _keywords(sys._getframe(1)):
-        found = [name for name in EXPLICIT if isinstance(kwargs.get(name), Tensor)]
-        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-        if mask is None and isinstance(positions, Tensor) and positions.dim() == 2:
-            if bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
-                found.append("position_ids")
-        if found:
-            return found
-    return []
+    """Names of boundaries that the modules being called were given by keyword."""
+    every = (told_by(kwargs) for kwargs in _keywords(sys._getframe(1)))
+    return next((found for found in every if found), [])
 
 
 def _keywords(frame: FrameType | None) -> Iterator[dict[str, Any]]:
@@ -81,10 +70,9 @@ def _keywords(frame: FrameType | None) -> Iterator[dict[str, Any]]:
 
 def _is_blind(node: Node, attention: bool) -> bool:
     """Whether a node mixes tokens of one row, without being told of boundaries."""
-    if opname(node) == "scaled_dot_product_attention":
+    if is_attention(node):
         return attention and arguments(node)["attn_mask"] is None
-    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-    op = OPS.get(name) if node.op == "call_function" and space == "effpass" else None
-    if op is None or "cu_seqlens" not in op.tensor_names:
+    op = called(node)
+    if op is None or not takes_boundaries(node):
         return False
-    return op.bind(*node.args, **node.kwargs).get("cu_seqlens") is None
+    return op.bind(*node.args, **node.kwargs)["cu_seqlens"] is None

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
-from effpass.axes.labels import expression, opname, single
+from effpass.axes.labels import expression, is_attention, opname, single
 from effpass.axes.relation import Kind, arguments, is_tensor, values
 from effpass.axes.solve import Solution, solve
+from effpass.graph.source import keep_source
 from effpass.ops import OPS
+from effpass.ops.nodes import called, takes_boundaries
 from effpass.passes.boundaries.marks import Marks, RowError
 from effpass.passes.boundaries.samples import RowSamples, seen_in_rows
 from effpass.passes.boundaries.written import apart
@@ -47,7 +47,7 @@ def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
 
     Raises RowError for what mixes tokens and cannot be told where sequences begin.
     """
-    found = [_scan(n) for n in gm.graph.nodes if is_op(n)]
+    found = [_scan(n) for n in gm.graph.nodes if takes_boundaries(n)]
     samples = RowSamples(gm, marks) if marks.shaped else None
     for node in gm.graph.nodes:
         if is_attention(node):
@@ -57,11 +57,6 @@ def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
     known = {each.node for each in found}
     _refuse_others(gm, known | (apart(gm, samples) if samples else set()))
     return found, samples.longest if samples else None
-
-
-def is_attention(node: Node) -> bool:
-    """Whether a node is torch's attention."""
-    return opname(node) == "scaled_dot_product_attention"
 
 
 def _check_body(gm: GraphModule, call: Node, samples: RowSamples | None) -> None:
@@ -78,7 +73,7 @@ def _check_body(gm: GraphModule, call: Node, samples: RowSamples | None) -> None
     outside = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=False))
     known: set[Node] = set()
     for node in body.graph.nodes:
-        if is_op(node):
+        if takes_boundaries(node):
             raise RowError(node, "a scan or convolution under activation checkpointing", UNCHECKED)
         if is_attention(node):
             mask = outside.get(arguments(node)["attn_mask"])
@@ -90,19 +85,9 @@ def _check_body(gm: GraphModule, call: Node, samples: RowSamples | None) -> None
     _refuse_others(body, known)
 
 
-def is_op(node: Node) -> bool:
-    """Whether a node is an effpass op that takes boundaries."""
-    return _op(node) is not None
-
-
-def _op(node: Node) -> Any:
-    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-    op = OPS.get(name) if node.op == "call_function" and space == "effpass" else None
-    return op if op is not None and "cu_seqlens" in op.tensor_names else None
-
-
 def _scan(node: Node) -> Mixer:
-    op = _op(node)
+    op = called(node)
+    assert op is not None
     given = op.bind(*node.args, **node.kwargs)
     first = values(given[op.tensor_names[0]])[0]
     if given["cu_seqlens"] is not None:
@@ -147,9 +132,9 @@ def _refuse_others(gm: GraphModule, known: set[Node]) -> None:
     """Raises RowError for nodes that mix tokens of floats in a way nobody can bound."""
     solution = solve(gm)
     tokens = {label for node in gm.graph.nodes for label in _tokens(node, solution)}
-    light = _Light(known)
+    floats = _Heavy(known)
     for node in gm.graph.nodes:
-        if node in known or node.op != "call_function" or not light.heavy(node):
+        if node in known or node.op != "call_function" or not floats.heavy(node):
             continue
         kinds = solution.kinds(node, sorted(tokens)) - {Kind.FREE}
         name = opname(node) or str(node.target)
@@ -157,15 +142,15 @@ def _refuse_others(gm: GraphModule, known: set[Node]) -> None:
             if node.target is not CHECKPOINT:
                 raise RowError(node, f"{name} has a body of its own", APART)
             continue
-        if not kinds or _routes(name, node, light):
+        if not kinds or _routes(name, node, floats):
             continue
-        if kinds == {Kind.BOUND} and _picks_only(node, light):
+        if kinds == {Kind.BOUND} and _picks_only(node, floats):
             continue
         if not _loss(node):
             raise RowError(node, f"{name} is {', '.join(sorted(kinds))} along the tokens", APART)
 
 
-def _routes(name: str, node: Node, light: _Light) -> bool:
+def _routes(name: str, node: Node, floats: _Heavy) -> bool:
     """Whether a node sends tokens to experts and back, each token for itself.
 
     The order of integers (which expert a token chose) moves tokens; that of floats would let tokens
@@ -176,13 +161,13 @@ def _routes(name: str, node: Node, light: _Light) -> bool:
     if name in BY_INDEX:
         given = arguments(node)
         indices = given["indices"] if "indices" in given else [given["index"]]
-        return all(light.heavy(index) for index in indices if is_tensor(index))
+        return all(floats.heavy(index) for index in indices if is_tensor(index))
     return name in EXPERTS or "grouped_mm" in name
 
 
 def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
     """The token axis of a mixer, or of what is looked up in a table for each token."""
-    if is_op(node):
+    if takes_boundaries(node):
         source, at = node.args[0], 1
     elif is_attention(node):
         source, at = arguments(node)["query"], -2
@@ -194,7 +179,7 @@ def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
     return solution.dims(source)[at] if source in solution else ()
 
 
-class _Light:
+class _Heavy:
     """Which values are floats made of tokens: what sequences must not share."""
 
     def __init__(self, known: set[Node]) -> None:
@@ -209,21 +194,21 @@ class _Light:
     def _is_heavy(self, node: Node) -> bool:
         if node.op == "placeholder":
             value = node.meta.get("val")
-            floats = isinstance(value, Tensor) and value.is_floating_point()
-            return floats and not node.meta.get("effpass_parameter")
+            given = isinstance(value, Tensor) and value.is_floating_point()
+            return given and not node.meta.get("effpass_parameter")
         if opname(node) == "embedding":
             return True
         return any(self.heavy(source) for source in node.all_input_nodes)
 
 
-def _picks_only(node: Node, light: _Light) -> bool:
+def _picks_only(node: Node, floats: _Heavy) -> bool:
     """Whether what a node cuts out of the tokens meets no other tokens afterwards."""
     below = _descendants(node)
     return not any(
-        light.heavy(source) and source not in below and source is not node
+        floats.heavy(source) and source not in below and source is not node
         for each in below
         for source in each.all_input_nodes
-    ) and not any(is_op(n) or is_attention(n) for n in below)
+    ) and not any(takes_boundaries(n) or is_attention(n) for n in below)
 
 
 def _loss(node: Node) -> bool:
@@ -253,13 +238,17 @@ def row_form(gm: GraphModule, found: list[Mixer], varlen: bool) -> GraphModule:
     for node in gm.graph.find_nodes(op="placeholder"):
         env[node] = graph.node_copy(node)
     cu_seqlens = graph.placeholder("row_cu_seqlens")
-    for node in _without_inputs(gm):
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
         mixer = by_node.get(node)
-        if mixer is None or (mixer.apart and (is_op(node) or not varlen or not_varlen(node))):
+        if mixer is None or _stays(mixer, varlen):
             env[node] = graph.node_copy(node, env.__getitem__)
-        elif is_op(node):
+        elif takes_boundaries(node):
             env[node] = graph.node_copy(node, env.__getitem__)
-            given = _op(node).bind(*env[node].args, **env[node].kwargs)
+            op = called(node)
+            assert op is not None
+            given = op.bind(*env[node].args, **env[node].kwargs)
             env[node].args = tuple((given | {"cu_seqlens": cu_seqlens}).values())
             env[node].kwargs = {}
         else:
@@ -271,8 +260,10 @@ def row_form(gm: GraphModule, found: list[Mixer], varlen: bool) -> GraphModule:
     return made
 
 
-def _without_inputs(gm: GraphModule) -> Iterator[Node]:
-    return (node for node in gm.graph.nodes if node.op != "placeholder")
+def _stays(mixer: Mixer, varlen: bool) -> bool:
+    """Whether a mixer keeps sequences apart by itself, and is not to be varlen_attention."""
+    attends = not takes_boundaries(mixer.node)
+    return mixer.apart and not (varlen and attends and not_varlen(mixer.node) is None)
 
 
 def _varlen(graph: Graph, node: Node, seen: Seen, cu_seqlens: Node, env: dict[Node, Node]) -> Node:
@@ -292,8 +283,6 @@ def _varlen(graph: Graph, node: Node, seen: Seen, cu_seqlens: Node, env: dict[No
             "scale": env.get(scale, scale),
         },
     )
-    for key in ("stack_trace", "nn_module_stack"):
-        if key in node.meta:
-            made.meta[key] = node.meta[key]
+    keep_source(node, made)
     first = graph.call_function(aten.transpose.int, (made, 0, 1))
     return graph.call_function(aten.unsqueeze.default, (first, 0))

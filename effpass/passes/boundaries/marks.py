@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import single
 from effpass.graph.clean import graphs
-from effpass.graph.region import ancestors
+from effpass.graph.region import ancestors, subgraph
 from effpass.graph.source import layer, line
 from effpass.ops.packed_row import MARK
 
@@ -97,24 +97,15 @@ def take(gm: GraphModule, arguments: Sequence[str]) -> Marks:
     if not found or (padded and list(found) == ["position_ids"]):
         return Marks(padded=padded)
     places = {name: inputs.index(node) for name, node in found.items() if node in inputs}
-    return Marks(tuple(found), _graph_of(gm, list(found.values())), places, padded)
+    graph, env = subgraph(gm, found.values())
+    graph.output([env[node] for node in found.values()])
+    return Marks(tuple(found), GraphModule(gm, graph), places, padded)
 
 
 def _given(node: Node) -> bool:
     """Whether a value depends on what the caller gave, not on sizes alone."""
     inputs = (n for n in ancestors([node]) if n.op == "placeholder")
     return any(isinstance(n.meta.get("val", n.meta.get("example_value")), Tensor) for n in inputs)
-
-
-def _graph_of(gm: GraphModule, nodes: Sequence[Node]) -> GraphModule:
-    """The graph's own code for the values of ``nodes``."""
-    wanted = ancestors(nodes)
-    graph, env = Graph(), dict[Node, Node]()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or node in wanted:
-            env[node] = graph.node_copy(node, env.__getitem__)
-    graph.output([env[node] for node in nodes])
-    return GraphModule(gm, graph)
 
 
 def _tells(node: Node, what: str) -> bool:
@@ -128,21 +119,25 @@ def _tells(node: Node, what: str) -> bool:
 
 
 def unread(marks: Marks) -> list[str]:
-    """Explicit boundaries that the compiled function was given, where no graph input tells them.
+    """Boundaries that the compiled function was given, where no graph input tells any.
 
-    Dynamo leaves arguments out of a graph that the model's code never reads. Positions count where
-    they restart.
+    Dynamo leaves arguments out of a graph that the model's code never reads.
     """
-    if marks.explicit:
-        return []
-    given = given_to_frame()
-    masked = marks.padded or given.get("attention_mask") is not None
+    return [] if marks.names else told_by(given_to_frame(), marks.padded)
+
+
+def told_by(given: Mapping[str, Any], padded: bool = False) -> list[str]:
+    """Names of arguments that tell boundaries.
+
+    Positions do where they restart and no padding mask is with them.
+    """
     found = [name for name in EXPLICIT if isinstance(given.get(name), Tensor)]
     positions = given.get("position_ids")
-    if not marks.names and isinstance(positions, Tensor) and not masked:
-        if positions.dim() == 2 and bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
+    masked = padded or given.get("attention_mask") is not None
+    if not masked and isinstance(positions, Tensor) and positions.dim() == 2:
+        if bool((positions[:, 1:] != positions[:, :-1] + 1).any()):
             found.append("position_ids")
-    return [] if marks.names else found
+    return found
 
 
 def given_to_frame() -> dict[str, Any]:

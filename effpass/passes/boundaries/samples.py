@@ -81,6 +81,13 @@ def seen_in_rows(
     """
     if not samples.light(mask):
         raise RowError(attention, "its mask is made of weights, not of positions alone", HINT)
+    key = (mask, causal)  # layers share their mask
+    if key not in samples.read:
+        samples.read[key] = _read(attention, mask, causal, samples)
+    return samples.read[key]
+
+
+def _read(attention: Node, mask: Node, causal: bool, samples: RowSamples) -> tuple[Seen, bool]:
     found: Seen | None = None
     apart = blind = True
     try:

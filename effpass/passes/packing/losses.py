@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from effpass.axes.labels import KEEPS, RESHAPES, opname
 from effpass.axes.relation import arguments, is_tensor, values
+from effpass.graph.source import keep_source
 from effpass.passes.packing.places import Holds, Places, Unpackable
 from effpass.passes.packing.samples import Samples
 
@@ -58,7 +59,7 @@ def packed_loss(rewriter: Rewriter, node: Node) -> Node:
         if name not in ("self", "target")
     ]
     rewriter.readers.ignored.append(found)
-    return rewriter.from_(node, rewriter.call(node.target, *packed, *rest))
+    return keep_source(node, rewriter.call(node.target, *packed, *rest))
 
 
 def ignored(node: Node, places: Places, samples: Samples) -> Ignored | None:

@@ -46,6 +46,13 @@ def seen(attention: Node, mask: Node | None, causal: bool, samples: Samples) -> 
             "its mask is not made of the padding mask and positions alone",
             "a position bias that is learned cannot be packed yet",
         )
+    key = (mask, causal)  # layers share their mask
+    if key not in samples.read:
+        samples.read[key] = _read(attention, mask, causal, samples)
+    return samples.read[key]
+
+
+def _read(attention: Node, mask: Node, causal: bool, samples: Samples) -> Seen | None:
     found: Seen | None = None
     for i, padding in enumerate(samples.masks):
         allowed = who_sees(attention, _value(attention, mask, i, samples), padding)

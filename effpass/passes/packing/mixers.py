@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
-from effpass.axes.labels import opname
+from effpass.axes.labels import is_attention
 from effpass.axes.relation import arguments, is_tensor, values
+from effpass.graph.source import keep_source
 from effpass.ops import OPS
+from effpass.ops.nodes import called, takes_boundaries
 from effpass.passes.packing.masks import seen
 from effpass.passes.packing.places import Holds, Unpackable
 
@@ -28,16 +30,14 @@ def handler(node: Node) -> Handler | None:
     """How a node that mixes tokens runs on packed ones; None where it does not."""
     if node.op != "call_function":
         return None
-    if opname(node) == "scaled_dot_product_attention":
+    if is_attention(node):
         return attention
-    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-    packs = space == "effpass" and "cu_seqlens" in OPS[name].tensor_names
-    return scan if packs else None
+    return scan if takes_boundaries(node) else None
 
 
 def attentions(gm: GraphModule) -> list[Node]:
     """Calls of torch's attention."""
-    return [n for n in gm.graph.nodes if opname(n) == "scaled_dot_product_attention"]
+    return [n for n in gm.graph.nodes if is_attention(n)]
 
 
 def attention(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
@@ -69,7 +69,7 @@ def attention(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
             "k_pos": positions,
         },
     )
-    rewriter.from_(node, made)
+    keep_source(node, made)
     if values(node)[0].dim() == 4:
         heads_first = rewriter.call(aten.transpose.int, made, 0, 1)
         return (rewriter.call(aten.unsqueeze.default, heads_first, 0),)
@@ -95,7 +95,8 @@ def _heads_last(rewriter: Rewriter, node: Node, source: Node) -> Node:
 
 def scan(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
     """An op that takes ``cu_seqlens``; its final states are one a row."""
-    op = OPS[node.target._schema.name.partition("::")[2]]  # type: ignore[union-attr]
+    op = called(node)
+    assert op is not None
     given = op.bind(*node.args, **node.kwargs)
     if given["cu_seqlens"] is not None:
         raise Unpackable("packed", node, "it is packed already")
@@ -115,7 +116,7 @@ def scan(rewriter: Rewriter, node: Node) -> tuple[Node, ...]:
         rewriter.right = True  # padding in front would reach the state
     arguments_["cu_seqlens"] = rewriter.index["cu_seqlens"]
     made = rewriter.graph.call_function(node.target, tuple(arguments_.values()))  # type: ignore[arg-type]
-    rewriter.from_(node, made)
+    keep_source(node, made)
     return tuple(rewriter.call(operator.getitem, made, i) for i in range(len(values(node))))
 
 

@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.graph.region import ancestors
+from effpass.graph.source import keep_source
 from effpass.passes.packing.dry_run import check_shapes
 from effpass.passes.packing.islands import Islands
 from effpass.passes.packing.losses import is_loss, packed_loss
@@ -40,7 +41,6 @@ SIZED = ("view", "reshape", "_unsafe_view", "expand", "unflatten", "view_as", "r
 CUTS = ("slice", "narrow", "split", "split_with_sizes", "chunk", "tensor_split")
 FILLED = ("zeros", "ones", "full", "empty", "rand", "randn")
 FILLED_BESIDE = ("new_zeros", "new_ones", "new_full", "new_empty")
-KEPT = ("stack_trace", "nn_module_stack")
 
 
 class Rewriter:
@@ -227,14 +227,7 @@ class Rewriter:
         args, kwargs = map_arg((node.args, node.kwargs), self.plain)
         # what was put back may lie otherwise in memory than what it stands for
         target: Any = aten.reshape.default if node.target is aten.view.default else node.target
-        return self.from_(node, self.graph.call_function(target, args, kwargs))
-
-    def from_(self, node: Node, made: Node) -> Node:
-        """Gives a new node the source of the node it stands for."""
-        for key in KEPT:
-            if key in node.meta:
-                made.meta[key] = node.meta[key]
-        return made
+        return keep_source(node, self.graph.call_function(target, args, kwargs))
 
     def _put_back(self, node: Node) -> Node:
         """The packed tokens where they were, zeros at padding."""
@@ -326,7 +319,7 @@ class Rewriter:
             kinds = ", ".join(sorted(self.places.kinds(node)))
             name = opname(node) or str(node.target)
             raise Unpackable("mixes_tokens", node, f"{name} is {kinds} along rows and tokens")
-        made = self.from_(node, self._free(node))
+        made = keep_source(node, self._free(node))
         if not isinstance(node.meta["val"], list | tuple):
             return (made,)
         return tuple(self.call(operator.getitem, made, i) for i in range(len(values(node))))

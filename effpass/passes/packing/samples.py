@@ -22,13 +22,14 @@ class Samples:
     """Masks of several shapes and paddings; values of nodes that depend on inputs alone.
 
     ``lightness``: a node is light when it depends on the mask, on other integers and on sizes, but
-    on no weight: the code of masks and of positions.
+    on no weight: the code of masks and of positions. ``read`` keeps what readers of masks found.
     """
 
     def __init__(self, mask: Node, inverted: bool = False) -> None:
         self.mask, self.inverted = mask, inverted
         self._light: dict[Node, bool] = {}
         self._values: dict[tuple[Node, int], Any] = {}
+        self.read: dict[tuple[Node, bool], Any] = {}
         self.masks = list(self._drawn())
 
     @property

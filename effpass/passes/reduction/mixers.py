@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, opname
 from effpass.axes.relation import arguments, is_tensor, values
+from effpass.graph.source import keep_source
 from effpass.ops import OPS
 from effpass.passes.reduction import steps
 from effpass.passes.reduction.stream import ATTENTION, Holds, Irreducible, effpass_op
@@ -68,7 +69,7 @@ def scan(reducer: Reducer, node: Node, stage: int, gate: bool = True) -> Node:
         given["z"] = None
     mode = reducer.settings.alignment
     if not stage or mode == "hold" or name == "causal_conv1d":
-        return reducer.source(node, reducer.graph.call_function(op.overload, tuple(given.values())))
+        return keep_source(node, reducer.graph.call_function(op.overload, tuple(given.values())))
     if name not in ("selective_scan", "ssd_scan"):
         reason = f"alignment {mode!r} needs step sizes, which {name} does not have"
         raise Irreducible("alignment", node, reason, "alignment='hold'")

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import is_tensor, values
+from effpass.graph.source import keep_source
 from effpass.graph.writes import writes
 from effpass.passes.reduction import steps
 from effpass.passes.reduction.anchors import Anchor, Settings
@@ -30,7 +31,6 @@ from effpass.passes.reduction.sizes import resized
 from effpass.passes.reduction.stream import ATTENTION, Holds, Irreducible, Stream, effpass_op
 
 aten = torch.ops.aten
-KEPT_META = ("stack_trace", "nn_module_stack")
 CACHE_HINT = "use_cache=False, or anchors behind the last attention"
 
 
@@ -136,7 +136,7 @@ class Reducer:
         else:
             self.env[node], stage = self.run(node, stage)
             self._stage[node] = stage
-        self.source(node, self.env[node])
+        keep_source(node, self.env[node])
         if not isinstance(node.meta.get("val"), list | tuple) and not self.stream.holds_tokens(
             node
         ):
@@ -191,13 +191,6 @@ class Reducer:
     def _copied(self, node: Node, operand: Callable[[Node], Node]) -> Node:
         args, kwargs = map_arg((node.args, node.kwargs), operand)
         return self.graph.create_node(node.op, node.target, args, kwargs)
-
-    def source(self, node: Node, made: Node) -> Node:
-        """Gives a new node the source of the node it stands for."""
-        for key in KEPT_META:
-            if key in node.meta:
-                made.meta.setdefault(key, node.meta[key])
-        return made
 
     def call(self, target: Any, *args: Any) -> Node:
         """One more node."""

@@ -12,6 +12,7 @@ from effpass.axes.relation import Kind, arguments, is_tensor, values
 from effpass.axes.solve import Solution, solve
 from effpass.graph.source import layer, line
 from effpass.ops import OPS
+from effpass.ops.nodes import called
 
 ATTENTION = "scaled_dot_product_attention"
 SHOWN = 8  # operations of a chain that are named
@@ -106,8 +107,8 @@ class Stream:
 
 def effpass_op(node: Node) -> str:
     """The name of an op of effpass; empty for anything else."""
-    space, _, name = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")
-    return name if space == "effpass" and name in OPS else ""
+    op = called(node)
+    return "" if op is None else op.name
 
 
 def is_mixer(node: Node) -> bool:
