@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 IGNORED = -100
@@ -122,6 +124,16 @@ def train(model: nn.Module, task: Task, steps: int, rows: int, seed: int, quiet:
     return found
 
 
+def trained(path: Path) -> tuple[nn.Module, str, Task]:
+    """A model that was saved, its kind, and the task that it learned."""
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    task = Task(int(told["tokens"]))
+    model = model_of(told["kind"], task, 0, int(told["layers"]))
+    load_model(model, path)
+    return model.eval(), told["kind"], task
+
+
 def main() -> None:
     """Trains one model a seed and saves them."""
     parser = argparse.ArgumentParser(
@@ -142,9 +154,9 @@ def main() -> None:
     for seed in args.seeds:
         model = model_of(args.kind, task, seed, args.layers)
         found = train(model, task, args.steps, args.rows, seed, quiet=False)
-        path = args.out / f"{args.kind}_{seed}.pt"
-        saved = {"kind": args.kind, "layers": args.layers, "tokens": args.tokens, "right": found}
-        torch.save(saved | {"weights": model.state_dict()}, path)
+        path = args.out / f"{args.kind}_{seed}.safetensors"
+        told = {"kind": args.kind, "layers": args.layers, "tokens": args.tokens, "right": found}
+        save_model(model, str(path), {name: str(value) for name, value in told.items()})
         print(f"{path}: {found:.1%} of the questions right")
 
 

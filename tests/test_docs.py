@@ -73,5 +73,11 @@ def test_pages_of_results_are_their_json() -> None:
             assert path.with_suffix(".md").read_text() == tables.page(result)
 
 
+@pytest.mark.parametrize("name", load("benchmarks/docs_tables.py").TABLES)
+def test_tables_of_pages_are_the_measured_ones(name: str) -> None:
+    found, made = load("benchmarks/docs_tables.py").made(name)
+    assert found == made
+
+
 def test_changelog_tells_of_this_version() -> None:
     assert f"## {effpass.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()

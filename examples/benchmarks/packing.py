@@ -68,18 +68,26 @@ def measure(
     batches: Sequence[Batch],
     rounds: int,
     once: Callable[[Run, Batch], list[Tensor]] = forward,
+    unpadded: Batch | None = None,
 ) -> dict[str, Any]:
-    """Median seconds of one pass over ``batches`` for each arm, the first pass apart."""
-    for run in ways.values():
-        for batch in (*batches, *batches[:2]):
+    """Median seconds of one pass over ``batches`` for each arm, the first pass apart.
+
+    ``unpadded``: one more arm, effpass on another batch.
+    """
+    every = {name: (run, batches) for name, run in ways.items()}
+    if unpadded is not None:
+        every["unpadded"] = ways["effpass"], [unpadded]
+    for run, given in every.values():
+        for batch in (*given, *given[:2]):
             once(run, batch)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in every}
     for turn in range(rounds):
-        names = list(ways)
+        names = list(every)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            run, given = every[name]
             started = time.perf_counter()
-            for batch in batches:
-                once(ways[name], batch)
+            for batch in given:
+                once(run, batch)
             times[name].append(time.perf_counter() - started)
     total = sum(b["attention_mask"].numel() for b in batches)
     real = sum(int(b["attention_mask"].sum()) for b in batches)
@@ -156,6 +164,14 @@ def padded(rows: int, tokens: int, share: float, vocabulary: int) -> Batch:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def unpadded(batch: Batch) -> Batch:
+    """A batch without padding, of about as many tokens as ``batch`` has real ones."""
+    mask = batch["attention_mask"]
+    tokens = round(int(mask.sum()) / len(mask))
+    ids = batch["input_ids"][:, :tokens].contiguous()
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 def seed() -> torch.Generator:
     """The same random numbers in every run."""
     return torch.Generator().manual_seed(0)
@@ -176,7 +192,7 @@ def share(args: argparse.Namespace, name: str, train: bool) -> list[dict[str, An
     if train:
         once = functools.partial(training, model.train())
     batches = [padded(rows, tokens, each, VOCABULARY) for each in SHARES]
-    return [measure(ways, [batch], args.rounds, once) for batch in batches]
+    return [measure(ways, [batch], args.rounds, once, unpadded(batch)) for batch in batches]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -196,17 +212,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> Table:
     """Medians and ratios."""
-    table = Table("", "padding", "eager", "inductor", "effpass", "packed", "vs eager", "vs bound")
+    arms = ("eager", "inductor", "effpass", "packed", "unpadded")
+    table = Table("", "padding", *arms, "vs eager", "vs bound")
     rows = [(f"sentences, {order}", row) for order, row in result.get("sentences", {}).items()]
     for part in ("share", "training"):
         for name, found in result.get(part, {}).items():
             rows += [(f"{name}, training" if part == "training" else name, row) for row in found]
     for name, row in rows:
         times = row["median_s"]
-        cells = [
-            f"{times[arm] * 1000:.0f} ms" if arm in times else ""
-            for arm in ("eager", "inductor", "effpass", "packed")
-        ]
+        cells = [f"{times[arm] * 1000:.0f} ms" if arm in times else "" for arm in arms]
         faster = row["speedup_over_eager"]
         ratios = (f"{faster:.2f}x" if faster else "", f"{row['packed_over_bound']:.2f}")
         table.add_row(name, f"{row['padding']:.0%}", *cells, *ratios)

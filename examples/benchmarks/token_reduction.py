@@ -2,7 +2,7 @@
 
     python examples/train_recall.py --kind mamba2 --seeds 0 1 2 3 4 --out recall
     python examples/train_recall.py --kind mamba --seeds 0 1 2 3 4 --out recall
-    python examples/benchmarks/token_reduction.py --recall recall --bytes MODEL --text FILE
+    python examples/benchmarks/token_reduction.py --recall recall
 
 ``recall``: accuracy of the trained models of ``train_recall.py``, the questions protected.
 ``bytes``: a byte-level language model (a folder of transformers), bits a byte of the last 32 bytes
@@ -83,20 +83,17 @@ def recall(folder: Path, ratios: tuple[float, ...]) -> list[dict[str, Any]]:
     import sys
 
     sys.path.insert(0, str(ROOT / "examples"))
-    from train_recall import Task, accuracy, model_of
+    from train_recall import Task, accuracy, trained
 
     rows = []
-    for path in sorted(folder.glob("*.pt")):
-        found = torch.load(path, weights_only=True)
-        task = Task(found["tokens"])
-        model = model_of(found["kind"], task, 0, found["layers"])
-        model.load_state_dict(found["weights"])
+    for path in sorted(folder.glob("*.safetensors")):
+        model, kind, task = trained(path)
 
         def judge(run: Run, task: Task = task) -> dict[str, float]:
             return {"accuracy": accuracy(run, task)}
 
-        for row in scored(model.eval(), ratios, task.questions, judge):
-            rows.append({"model": path.stem, "kind": found["kind"], **row})
+        for row in scored(model, ratios, task.questions, judge):
+            rows.append({"model": path.stem, "kind": kind, **row})
     return rows
 
 
@@ -285,7 +282,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["recall", "bytes", "speed", "minilm"])
     parser.add_argument("--recall", type=Path, default=Path("recall"))
     parser.add_argument("--bytes", type=Path, default=ROOT / "examples" / "data" / "mamba2_bytes")
-    parser.add_argument("--text", type=Path, default=ROOT / "examples" / "data" / "plays_dev.txt")
+    parser.add_argument(
+        "--text", type=Path, default=ROOT / "examples" / "data" / "held_out_play.txt"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--count", type=int, default=160, help="windows of bytes, and sentences")
