@@ -96,7 +96,8 @@ def compile_graph(
         if config.verify:
             report.verified = "not run: a row runs as its boundaries tell"
         report.nodes_after = len(graph.graph.nodes)
-    run = rows or callers.watched(graph, finish)
+    report.declined += packed_rows.broken(gm, marks)
+    run = rows or (finish() if marks.tells else callers.watched(graph, finish))
     report.seconds = time.perf_counter() - started
     stages.report(report)
     (keep or _publish(gm, inputs))(report)

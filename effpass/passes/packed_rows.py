@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,20 +19,25 @@ from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import expression
 from effpass.axes.relation import arguments, values
-from effpass.graph.clean import graphs
 from effpass.ops.nodes import takes_boundaries
 from effpass.passes.boundaries.honour import mixers, row_form
-from effpass.passes.boundaries.marks import Marks, RowError, take, unread
+from effpass.passes.boundaries.marks import (
+    Marks,
+    RowError,
+    given_to_frame,
+    take,
+    told_by,
+    unread,
+)
 from effpass.passes.boundaries.offsets import offsets
 from effpass.passes.pack_varlen import Compile, compiled
-from effpass.report import Applied
+from effpass.report import Applied, Declined
 
 Run = Callable[..., Any]
 NAME = "packed_rows"
-PLAIN = ("scaled_dot_product_attention", "softmax", "_softmax", "conv1d", "convolution", "cumsum")
 PAD = "pad the sequences"
 UNREAD = "the graph could not be captured (see the report)"
-__all__ = ["NAME", "Rows", "find_rows", "take"]
+__all__ = ["NAME", "Rows", "broken", "find_rows", "take"]
 
 
 @dataclass
@@ -85,41 +91,53 @@ def find_rows(
     own at once. Raises RowError where boundaries are given and cannot be honoured.
     """
     lost = unread(marks)
-    leaks = [n for body in graphs(gm) for n in body.graph.nodes if _mixes(n)]
-    if lost and leaks:
-        raise RowError(
-            leaks[0],
-            f"the model was given {', '.join(lost)}, and its code never reads it",
-            PAD if "position_ids" in lost else f"pass position_ids as well, or {PAD}",
-        )
-    if marks.tells is None or not leaks:
+    if marks.tells is None and not lost:
         return None
-    tells, names = marks.tells, marks.names
     try:
         if not all("val" in n.meta for n in gm.graph.find_nodes(op="placeholder")):
-            raise RowError(leaks[0], UNREAD, PAD)
+            raise RowError(None, UNREAD, PAD)
         found, longest = mixers(gm, marks)
+        told = [each for each in found if not (each.apart and takes_boundaries(each.node))]
+        if told and marks.tells is None:
+            raise RowError(told[0].node, "it mixes tokens", PAD)
     except RowError as reason:
-        return Rows(tells, names, None, plain(), why_not=reason)
-    told = [each for each in found if not (each.apart and takes_boundaries(each.node))]
-    if not told:
-        return None  # the model's own code keeps sequences apart
+        if marks.tells is None:
+            raise _never_read(lost, reason) from reason
+        return Rows(marks.tells, marks.names, None, plain(), why_not=reason)
+    if marks.tells is None or not told:
+        return None  # the model's own code keeps sequences apart, or nothing mixes tokens
     return Rows(
-        tells,
-        names,
+        marks.tells,
+        marks.names,
         _token_input(gm, told[0].node),
         compiled(gm, compile("plain")),
         compiled(row_form(gm, found, varlen=True), compile(NAME)),
         compiled(row_form(gm, found, varlen=False), compile(NAME)) if longest else None,
         longest,
-        what=Applied(NAME, f"boundaries told by {', '.join(names)}", len(told)),
+        what=Applied(NAME, f"boundaries told by {', '.join(marks.names)}", len(told)),
     )
 
 
-def _mixes(node: Node) -> bool:
-    """Whether a node may mix tokens; by its name where the graph is Dynamo's own."""
-    name = getattr(node.target, "_opname", getattr(node.target, "__name__", node.target))
-    return name in PLAIN or takes_boundaries(node)
+def broken(gm: GraphModule, marks: Marks) -> list[Declined]:
+    """That Dynamo's graph ``gm`` ends at a graph break, where boundaries are given.
+
+    What runs between two graphs is the model's own code, run eagerly: nobody looks at it.
+    """
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return []
+    if not marks.names and not told_by(given_to_frame(), marks.padded):
+        return []
+    stack = reason.user_stack
+    where = f"{Path(stack[-1].filename).name}:{stack[-1].lineno}" if stack else ""
+    text = f"what runs eagerly in this graph break is not checked ({reason.reason.splitlines()[0]})"
+    return [Declined(f"{NAME}:graph_break", where, text, "fullgraph=True forbids graph breaks")]
+
+
+def _never_read(lost: list[str], reason: RowError) -> RowError:
+    hint = PAD if "position_ids" in lost else f"pass position_ids as well, or {PAD}"
+    given = f"the model was given {', '.join(lost)}, and its code never reads it"
+    return RowError(reason.node, f"{given}, but {reason.reason}", hint)
 
 
 def _token_input(gm: GraphModule, mixer: Node) -> tuple[int, int] | None:

@@ -20,7 +20,8 @@ from effpass.axes.labels import is_attention
 from effpass.axes.relation import arguments
 from effpass.graph.source import layer, line
 from effpass.ops.nodes import called, takes_boundaries
-from effpass.passes.boundaries.marks import given_to_frame, told_by
+from effpass.passes.boundaries.honour import refuse_others
+from effpass.passes.boundaries.marks import RowError, given_to_frame, told_by
 
 Run = Callable[..., Any]
 CALLS = frozenset(
@@ -32,11 +33,14 @@ def watched(gm: GraphModule, make: Callable[[], Run]) -> Run:
     """What ``make`` makes of ``gm``, a graph that sees no boundaries.
 
     Where it mixes tokens, it raises ValueError when a module that is calling it was given some.
-    Attention is watched where the compiled function itself has ``position_ids`` that the graph does
-    not read: elsewhere it may be that of other tokens, say of an image. A few microseconds a call.
+    What is no op of effpass is watched where the compiled function itself has ``position_ids`` that
+    the graph does not read: elsewhere it may mix other tokens, say of an image. A few microseconds
+    a call.
     """
     positions = "position_ids" in given_to_frame()
     blind = next((n for n in gm.graph.nodes if _is_blind(n, positions)), None)
+    if blind is None and positions:
+        blind = _other(gm)
     if blind is None:
         return make()
     where, run = " ".join(filter(None, (layer(blind), line(blind)))), make()
@@ -66,6 +70,16 @@ def _keywords(frame: FrameType | None) -> Iterator[dict[str, Any]]:
         if frame.f_code in CALLS:
             yield frame.f_locals["kwargs"]
         frame = frame.f_back
+
+
+def _other(gm: GraphModule) -> Node | None:
+    """A node that mixes tokens and is neither attention nor an op."""
+    known = {n for n in gm.graph.nodes if is_attention(n) or takes_boundaries(n)}
+    try:
+        refuse_others(gm, known)
+    except RowError as reason:
+        return reason.node
+    return None
 
 
 def _is_blind(node: Node, attention: bool) -> bool:

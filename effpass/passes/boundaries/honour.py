@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from effpass.axes.labels import expression, is_attention, opname, single
 from effpass.axes.relation import Kind, arguments, is_tensor, values
 from effpass.axes.solve import Solution, solve
 from effpass.graph.source import keep_source
+from effpass.graph.writes import writes
 from effpass.ops import OPS
 from effpass.ops.nodes import called, takes_boundaries
 from effpass.passes.boundaries.marks import Marks, RowError
@@ -27,6 +29,9 @@ CACHE = "pass use_cache=False: a cache holds one state a row, not one a sequence
 UNCHECKED = "turn checkpointing off, or pad the sequences"
 APART = "pad the sequences, or give every sequence by itself"
 BY_INDEX = ("index", "index_put", "index_add", "index_select", "gather", "scatter", "scatter_add")
+SIZED = ("sym_size", "sym_numel", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros")
+SIZED += ("new_ones", "new_full", "new_empty", "rand_like", "randn_like")
+AS_OTHER = ("expand_as", "view_as", "reshape_as", "type_as")
 EXPERTS = ("one_hot", "nonzero", "bincount", "histc")
 
 
@@ -55,7 +60,9 @@ def mixers(gm: GraphModule, marks: Marks) -> tuple[list[Mixer], int | None]:
         elif isinstance(node.target, HigherOrderOperator):
             _check_body(gm, node, samples)
     known = {each.node for each in found}
-    _refuse_others(gm, known | (apart(gm, samples) if samples else set()))
+    if samples is not None:
+        known |= apart(gm, samples)
+    refuse_others(gm, known, marks.inputs(gm).values())
     return found, samples.longest if samples else None
 
 
@@ -82,7 +89,7 @@ def _check_body(gm: GraphModule, call: Node, samples: RowSamples | None) -> None
             if not seen_in_rows(node, mask, bool(arguments(node)["is_causal"]), samples)[1]:
                 raise RowError(node, "its mask is made without the boundaries", UNCHECKED)
             known.add(node)
-    _refuse_others(body, known)
+    refuse_others(body, known)
 
 
 def _scan(node: Node) -> Mixer:
@@ -128,10 +135,19 @@ def not_varlen(node: Node) -> str | None:
     return None
 
 
-def _refuse_others(gm: GraphModule, known: set[Node]) -> None:
-    """Raises RowError for nodes that mix tokens of floats in a way nobody can bound."""
+def refuse_others(gm: GraphModule, known: set[Node], told: Iterable[Node] = ()) -> None:
+    """Raises RowError for nodes that mix tokens of floats in a way nobody can bound.
+
+    ``known``: nodes that mix them and are cared for; ``told``: inputs (1, T) or (S + 1,).
+    """
     solution = solve(gm)
     tokens = {label for node in gm.graph.nodes for label in _tokens(node, solution)}
+    for node in told:
+        if values(node)[0].dim() == 2:
+            tokens.update(solution.dims(node)[1])
+    if not tokens:  # a piece of a model, between graph breaks
+        rows = [n for n in gm.graph.find_nodes(op="placeholder") if _is_row(n)]
+        tokens.update(label for node in rows for label in solution.dims(node)[1])
     floats = _Heavy(known)
     for node in gm.graph.nodes:
         if node in known or node.op != "call_function" or not floats.heavy(node):
@@ -165,6 +181,13 @@ def _routes(name: str, node: Node, floats: _Heavy) -> bool:
     return name in EXPERTS or "grouped_mm" in name
 
 
+def _is_row(node: Node) -> bool:
+    """Whether an input may be hidden states (1, T, d)."""
+    value = node.meta.get("val")
+    given = isinstance(value, Tensor) and not node.meta.get("effpass_parameter")
+    return given and value.dim() == 3 and single(value.shape[0])  # type: ignore[union-attr]
+
+
 def _tokens(node: Node, solution: Solution) -> tuple[int, ...]:
     """The token axis of a mixer, or of what is looked up in a table for each token."""
     if takes_boundaries(node):
@@ -196,9 +219,11 @@ class _Heavy:
             value = node.meta.get("val")
             given = isinstance(value, Tensor) and value.is_floating_point()
             return given and not node.meta.get("effpass_parameter")
-        if opname(node) == "embedding":
+        name = opname(node)
+        if name == "embedding":
             return True
-        return any(self.heavy(source) for source in node.all_input_nodes)
+        read = [] if name in SIZED else node.all_input_nodes[: 1 if name in AS_OTHER else None]
+        return any(self.heavy(source) for source in read)
 
 
 def _picks_only(node: Node, floats: _Heavy) -> bool:
@@ -208,13 +233,14 @@ def _picks_only(node: Node, floats: _Heavy) -> bool:
         floats.heavy(source) and source not in below and source is not node
         for each in below
         for source in each.all_input_nodes
-    ) and not any(takes_boundaries(n) or is_attention(n) for n in below)
+    ) and not any(takes_boundaries(n) or is_attention(n) or writes(n) for n in below)
 
 
 def _loss(node: Node) -> bool:
     """Whether all that a node leads to is a number for all tokens: a loss."""
-    ends = [n for n in (node, *_descendants(node)) if any(u.op == "output" for u in n.users)]
-    return all(v.dim() == 0 for n in ends for v in values(n))
+    below = (node, *_descendants(node))
+    ends = [n for n in below if any(user.op == "output" for user in n.users)]
+    return not any(map(writes, below)) and all(v.dim() == 0 for n in ends for v in values(n))
 
 
 def _descendants(node: Node) -> set[Node]:

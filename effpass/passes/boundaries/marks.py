@@ -33,7 +33,7 @@ class RowError(ValueError):
         where = "" if node is None else " ".join(filter(None, (layer(node), line(node))))
         at = f" ({where})" if where else ""
         super().__init__(f"packed_rows: {reason}{at}. {hint[0].upper()}{hint[1:]}.")
-        self.reason, self.hint = reason, hint
+        self.node, self.reason, self.hint = node, reason, hint
 
 
 @dataclass(frozen=True)
