@@ -1,4 +1,4 @@
-"""Code of one's own that mixes tokens of packed rows: honoured or an error, never a leak."""
+"""Code of one's own that mixes tokens: an error in packed rows, right in padded ones, never a leak."""
 
 from __future__ import annotations
 
@@ -132,3 +132,33 @@ def test_graph_breaks_are_told() -> None:
         run(row(3, 5)[0], position_ids=row(3, 5)[1])
     codes = [each.code for graph in effpass.report(run).graphs for each in graph.declined]
     assert codes == ["packed_rows:graph_break"]
+
+
+class Attended(nn.Module):
+    """One mixer behind an attention, whose mask tells what is padding."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix, self.tokens, self.head = mix, nn.Embedding(64, D), nn.Linear(D, 64)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.tokens(input_ids) * attention_mask[..., None]
+        seen = attention_mask[:, None, None].bool()
+        x = x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], seen)[:, 0]
+        return self.head(x + self.mix(x))
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS.keys() - {"strided"}))  # which wants one row
+def test_padded_rows_stay_what_they_were(name: str) -> None:
+    torch.manual_seed(0)
+    model = Attended(MIXERS[name]).eval()
+    options = {"compiler": "eager", "pack_varlen": True}
+    run = torch.compile(model, backend="effpass", options=options)
+    places, lengths = torch.arange(12), torch.tensor([[7], [3], [12], [1]])
+    for real in (places < lengths, places >= 12 - lengths):
+        ids = torch.randint(64, real.shape)
+        with torch.no_grad():
+            found = run(ids, attention_mask=real.long())[real]
+            close(found, model(ids, real.long())[real], "zoo_fp32")
+    (graph,) = effpass.report(run).graphs
+    assert graph.forms["packed"] if graph.forms else graph.declined
