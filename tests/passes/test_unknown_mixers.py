@@ -1,4 +1,4 @@
-"""Code of one's own that mixes tokens: an error in packed rows, right in padded ones, never a leak."""
+"""Code of one's own that mixes tokens: an error in packed rows, right in padded ones."""
 
 from __future__ import annotations
 
