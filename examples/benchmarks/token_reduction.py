@@ -4,7 +4,8 @@
     python examples/train_recall.py --kind mamba --seeds 0 1 2 3 4 --out recall
     python examples/benchmarks/token_reduction.py --recall recall
 
-``recall``: accuracy of the trained models of ``train_recall.py``, the questions protected.
+``recall``: accuracy of the trained models of ``train_recall.py``, the questions protected, on rows
+as they were trained on and on short ones, with little filler that could go.
 ``bytes``: a byte-level language model (a folder of transformers), bits a byte of the last 32 bytes
 of windows of held-out text, and how often the last word is right, those bytes protected.
 ``speed``: a prefill of 2048 tokens with random Mamba models of 130M shape, without head, and its
@@ -15,6 +16,7 @@ full model's. Results go to ``docs/results/token_reduction.json``, the plot besi
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -33,7 +35,8 @@ import effpass
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 METHODS = ("utrc", "evit", "tome", "pumer", "random", "prefix")
-SCORED = (("utrc", "dt_norm"), ("evit", "dt_norm"), ("evit", "l2"))
+SCORED = (("utrc", "clip_y"), ("evit", "clip_y"), ("evit", "l2"))
+LENGTHS = (128, 40)  # of recall's rows: filler for the most part, and hardly any
 CHOSEN = list(METHODS)  # --methods
 ASKED = 32  # bytes at the end of a window that are judged
 Run = Callable[..., Any]
@@ -87,13 +90,15 @@ def recall(folder: Path, ratios: tuple[float, ...]) -> list[dict[str, Any]]:
 
     rows = []
     for path in sorted(folder.glob("*.safetensors")):
-        model, kind, task = trained(path)
+        model, kind, learned = trained(path)
+        for tokens in LENGTHS:
+            task = dataclasses.replace(learned, tokens=tokens)
 
-        def judge(run: Run, task: Task = task) -> dict[str, float]:
-            return {"accuracy": accuracy(run, task)}
+            def judge(run: Run, task: Task = task) -> dict[str, float]:
+                return {"accuracy": accuracy(run, task)}
 
-        for row in scored(model, ratios, task.questions, judge):
-            rows.append({"model": path.stem, "kind": kind, **row})
+            for row in scored(model, ratios, task.questions, judge):
+                rows.append({"model": path.stem, "kind": f"{kind}, {tokens} tokens", **row})
     return rows
 
 
