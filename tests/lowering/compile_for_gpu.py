@@ -3,7 +3,8 @@
     python -m tests.lowering.compile_for_gpu bf16|fp32 [op ...]
 
 Arguments are those of real calls, on the "meta" device; Triton and its assembler run as on a GPU of
-compute capability 9.0. One JSON line a kernel; a kernel that does not compile is an exception.
+compute capability 9.0, in every configuration for the first call of an op and the first for others.
+One JSON line a kernel; a kernel that does not compile is an exception.
 """
 
 import json
@@ -67,12 +68,14 @@ def _compile(kernel: JITFunction, values: tuple[Any, ...], meta: dict[str, Any])
     }
 
 
-def _record(found: list[dict[str, Any]]) -> Callable[..., None]:
+def _record(found: list[dict[str, Any]], every: bool) -> Callable[..., None]:
+    """Stands for ``launch``; of a kernel's configurations ``every`` one, or the first."""
+
     def record(kernel: Any, grid: Any, *values: Any, **meta: Any) -> None:
         if isinstance(kernel, Autotuner):
             configs = [
                 {**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages}
-                for c in kernel.configs
+                for c in kernel.configs[: None if every else 1]
             ]
             kernel = kernel.fn
         else:
@@ -91,9 +94,9 @@ def main(dtype: str, ops: list[str]) -> None:
     for name in ops or list(CALLS):
         found: list[dict[str, Any]] = []
         module = getattr(effpass.lowering.gpu, name)
-        module.launch = _record(found)
         gpu = next(w for w in OPS[name].lowerings if w.target == "gpu")
-        for call in CALLS[name](storage):
+        for i, call in enumerate(CALLS[name](storage)):
+            module.launch = _record(found, every=i == 0)
             arguments = [*OPS[name].bind(**call).values()]
             outputs = gpu.forward(*arguments)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -22,15 +22,16 @@ def _maker(storage: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., T
 def _scan(storage: torch.dtype) -> list[dict[str, Any]]:
     big, small, offsets = _maker(storage)
 
-    def call(tokens: int, **more: Any) -> dict[str, Any]:
-        d, n = 256, 16
+    def call(tokens: int, d: int = 256, **more: Any) -> dict[str, Any]:
+        n = 16
         given = {name: big(1, tokens, d) for name in ("x", "dt", "z")}
         given |= {name: big(1, tokens, n) for name in ("B", "C")}
         return {**given, "A": small(d, n), "D": small(d), "dt_bias": small(d), **more}
 
     packed = {"cu_seqlens": offsets, "initial_state": small(S, 256, 16)}
     one = {"initial_state": small(1, 256, 16)}
-    return [call(tokens, dt_softplus=True, **m) for tokens, m in ((T, {}), (T, packed), (1, one))]
+    calls = ((T, {}), (T, packed), (1, one), (T, {"d": 2560}))  # the last is not cut into chunks
+    return [call(tokens, dt_softplus=True, **more) for tokens, more in calls]
 
 
 def _ssd(storage: torch.dtype) -> list[dict[str, Any]]:
