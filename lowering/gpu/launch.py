@@ -119,12 +119,12 @@ def traceable(op: Op, forward: Callable[..., Any], backward: Callable[..., Any])
         torch.library.register_torch_dispatch(
             f"{space}::{name}",
             FunctionalTensorMode,
-            functools.partial(_decompose, run, total, defaults),
+            functools.partial(decompose, run, total, defaults),
             lib=library,
         )
 
 
-def _decompose(
+def decompose(
     run: Callable[..., Any],
     total: int,
     defaults: Sequence[Any],

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 import effpass.lowering
 from effpass.lowering.gpu import launch as launching
 from effpass.ops import OPS
+from effpass.ops.token_matching import token_matching
 from tests.lowering.realistic import CALLS
 
 TYPES = {
@@ -31,6 +32,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 232448  # bytes that a program may have on an H200
@@ -94,13 +96,15 @@ def main(dtype: str, ops: list[str]) -> None:
     for name in ops or list(CALLS):
         found: list[dict[str, Any]] = []
         module = getattr(effpass.lowering.gpu, name)
-        gpu = next(w for w in OPS[name].lowerings if w.target == "gpu")
+        op = OPS.get(name, token_matching)
+        gpu = next(w for w in op.lowerings if w.target == "gpu")
         for i, call in enumerate(CALLS[name](storage)):
             module.launch = _record(found, every=i == 0)
-            arguments = [*OPS[name].bind(**call).values()]
+            arguments = [*op.bind(**call).values()]
             outputs = gpu.forward(*arguments)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            gpu.backward(*outputs, *arguments)
+            if op is not token_matching:
+                gpu.backward(*outputs, *arguments)
         for each in found:
             print(json.dumps(each), flush=True)
         if any(each["shared"] > SHARED for each in found):

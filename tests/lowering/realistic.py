@@ -80,11 +80,20 @@ def _attention(storage: torch.dtype) -> list[dict[str, Any]]:
     return [call(64, causal=True), call(128, window=(100, 0)), call(64, causal=True, **every)]
 
 
+def _matching(storage: torch.dtype) -> list[dict[str, Any]]:
+    big, _, _ = _maker(storage)
+    at = torch.empty(1, T // 2, dtype=torch.int64, device="meta")
+    given = {"a": big(1, T // 2, 768), "b": big(1, T // 2, 768), "a_at": at, "b_at": at}
+    open = torch.empty(1, T // 2, dtype=torch.bool, device="meta")
+    return [{**given, "open": open, "later": later} for later in (False, True)]
+
+
 CALLS: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
     "causal_conv1d": _conv,
     "linear_recurrence": _recurrence,
     "selective_scan": _scan,
     "ssd_scan": _ssd,
+    "token_matching": _matching,
     "varlen_attention": _attention,
 }
 
