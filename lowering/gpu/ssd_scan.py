@@ -284,12 +284,11 @@ def _update(call: _Call) -> tuple[Tensor, Tensor]:
     strides = [s for v in (x, dt, B, C, z) for s in (v.stride(0), *v.stride()[2:])]
     launch(
         kernels.update,
-        (x.shape[0], call.heads, -(-call.width // 16)),
+        tiled(x.shape[0], call.width, "BP", call.heads),
         *(x, dt, A, B, C, D, z, bias, init, y, final, *call.sizes[2:], *call.limits),
         *strides,
         **call.meta("SKIP", "GATE", "BIAS", "SOFTPLUS", "LIMIT"),
         INIT=call.given["initial_state"] is not None,
-        BP=16,
         BN=_power(call.count),
     )
     return y, final

@@ -398,6 +398,13 @@ def backward_bc(
     tl.store(dC + where, made_c.to(dC.dtype.element_ty), mask=kept)
 
 
+@tuned(
+    ("heads", "width", "count"),
+    {"BP": 16, "warps": 4},
+    {"BP": 8, "warps": 4},
+    {"BP": 32, "warps": 4},
+    interpreted={"BP": 64},
+)
 @triton.jit
 def update(
     x, dt, A, B, C, D, z, bias, init, y, final, heads, groups, width, count, dt_min, dt_max,
@@ -406,8 +413,8 @@ def update(
     LIMIT: tl.constexpr, INIT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One token of every row and head: y (b, 1, h, p) and the state after it (b, h, p, n)."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p = tl.program_id(2) * BP + tl.arange(0, BP)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    p = tl.program_id(1) * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     in_p, in_n = p < width, n < count
     group = head // (heads // groups)
