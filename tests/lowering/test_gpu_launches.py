@@ -147,6 +147,6 @@ def test_a_decoder_runs_the_kernels_for_one_token(
             logits.append(out.logits)
     close(*logits, "model_fp32")
     for layer in range(model.config.num_hidden_layers):  # type: ignore[attr-defined]
-        close(*(c.get_conv_state(layer, state_idx=0) for c in caches), "model_fp32")
-        close(*(c.get_recurrent_state(layer, state_idx=0) for c in caches), "model_fp32")
+        close(*(c.layers[layer].conv_states[0] for c in caches), "model_fp32")
+        close(*(c.layers[layer].recurrent_states[0] for c in caches), "model_fp32")
     assert {c.implementation for c in effpass.report(compiled).chosen} == {"gpu"}
