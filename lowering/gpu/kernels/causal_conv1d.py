@@ -59,7 +59,7 @@ def forward(
     PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y (b, t, c) contiguous; one program a chunk of BT tokens and BC channels."""
-    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)
+    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)  # type: ignore
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -114,7 +114,7 @@ def gradient_before(
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient before the SiLU (b, t, c), float32; one program a chunk of BT tokens."""
-    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)
+    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)  # type: ignore
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -156,7 +156,7 @@ def backward(
     ``grad`` is the gradient before the activation.
     """
     index = tl.program_id(0)
-    sequence, start, end, begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)
+    sequence, start, end, begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     stop = tokens

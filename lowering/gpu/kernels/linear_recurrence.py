@@ -33,7 +33,7 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk from nothing, its product of decays, and the adjoint's like."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)
+    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -73,7 +73,7 @@ def outputs(
 ):  # fmt: skip
     """h (b, t, d) contiguous, from what enters each chunk."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)
+    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -105,7 +105,7 @@ def backward(
 ):  # fmt: skip
     """g[t] = dh[t] + a[t+1] g[t+1]; db = g, da = g h[t-1]; a chunk is one tile of BT tokens."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, BT, tokens, PACKED)
+    _sequence, start, end, _begin, row = span(table, index, per_row, BT, tokens, PACKED)  # type: ignore
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab

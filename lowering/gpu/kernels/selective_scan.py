@@ -80,7 +80,7 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk (chunks, n, d) from nothing, its sum of steps, the adjoint's like."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)
+    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
     d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -156,7 +156,7 @@ def walk(
     MOST: tl.constexpr = EDGE if EDGE else 16  # type: ignore
     BT: tl.constexpr = MOST if ROOM // (BN * BD) > MOST else ROOM // (BN * BD)
     index = tl.program_id(0)
-    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)
+    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)  # type: ignore
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -255,7 +255,7 @@ def backward(
     a warp has the channels of one group, its lanes BL states of each.
     """
     index = tl.program_id(0)
-    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)
+    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)  # type: ignore
     block = tl.program_id(1)
     d = block * BD + tl.arange(0, BD)
     n = tl.arange(0, BN)

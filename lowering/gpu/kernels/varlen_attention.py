@@ -98,8 +98,8 @@ def forward(
 ):  # fmt: skip
     """out (t, h, e); or, with DELTA, the log of the sum of weights and sum dout out, (h, t)."""
     head = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)
-    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)
+    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
+    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
     live = at < end
@@ -159,8 +159,8 @@ def backward_q(
 ):  # fmt: skip
     """dq (t, h, d) of one tile of queries."""
     head = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)
-    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)
+    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
+    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
     live = at < end
@@ -209,8 +209,8 @@ def backward_kv(
     """dk (tk, hk, d) and dv (tk, hk, e) of one tile of keys, over all its query heads; dbias
     (h, tk)."""
     head_k = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)
-    begin_q, end_q, begin_k, _end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)
+    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
+    begin_q, end_q, begin_k, _end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at_k = start + tl.arange(0, BN)
     live_k = at_k < end
