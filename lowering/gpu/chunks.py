@@ -5,6 +5,10 @@ where boundaries matter in a chunked scan (the state of a chunk, the carry betwe
 products inside a chunk, the carried part of its output: mamba_ssm's ``seq_idx``) all see one
 sequence. The number of chunks is bounded from sizes alone (one partial chunk a sequence), so no
 value is read back from the device; chunks that are left over are empty.
+
+Each kernel reads its row of the table itself. A function shared by them would be shorter, but what
+it answers leads to addresses that are written, and torch (2.11) would then take the table, and all
+that stands in its place, for written to.
 """
 
 from __future__ import annotations

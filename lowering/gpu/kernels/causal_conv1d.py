@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid
-from effpass.lowering.gpu.kernels.span import span
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 
@@ -59,7 +58,18 @@ def forward(
     PACKED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y (b, t, c) contiguous; one program a chunk of BT tokens and BC channels."""
-    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)  # type: ignore
+    if PACKED:
+        sequence = tl.load(table + tl.program_id(0) * 4)
+        start = tl.load(table + tl.program_id(0) * 4 + 1)
+        end = tl.load(table + tl.program_id(0) * 4 + 2)
+        begin = tl.load(table + tl.program_id(0) * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (tl.program_id(0) % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (tl.program_id(0) // per_row).to(tl.int64)
+        sequence = (tl.program_id(0) // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -114,7 +124,18 @@ def gradient_before(
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The gradient before the SiLU (b, t, c), float32; one program a chunk of BT tokens."""
-    sequence, start, end, begin, row = span(table, tl.program_id(0), per_row, BT, tokens, PACKED)  # type: ignore
+    if PACKED:
+        sequence = tl.load(table + tl.program_id(0) * 4)
+        start = tl.load(table + tl.program_id(0) * 4 + 1)
+        end = tl.load(table + tl.program_id(0) * 4 + 2)
+        begin = tl.load(table + tl.program_id(0) * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (tl.program_id(0) % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (tl.program_id(0) // per_row).to(tl.int64)
+        sequence = (tl.program_id(0) // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     at = start + tl.arange(0, BT)
@@ -156,7 +177,18 @@ def backward(
     ``grad`` is the gradient before the activation.
     """
     index = tl.program_id(0)
-    sequence, start, end, begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        sequence = tl.load(table + index * 4)
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        begin = tl.load(table + index * 4 + 3)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
+        sequence = (index // per_row).to(tl.int32)
+        begin = start * 0
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     in_c = c < channels
     stop = tokens

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.carry import combine, last_row, scan_back
-from effpass.lowering.gpu.kernels.span import span
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 
@@ -33,7 +32,14 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk from nothing, its product of decays, and the adjoint's like."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -73,7 +79,14 @@ def outputs(
 ):  # fmt: skip
     """h (b, t, d) contiguous, from what enters each chunk."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab
@@ -105,7 +118,14 @@ def backward(
 ):  # fmt: skip
     """g[t] = dh[t] + a[t+1] g[t+1]; db = g, da = g h[t-1]; a chunk is one tile of BT tokens."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, BT, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * BT
+        end = tl.minimum(start + BT, tokens)
+        row = (index // per_row).to(tl.int64)
     d = tl.multiple_of(tl.program_id(1) * BD + tl.arange(0, BD), 1)  # one channel a thread
     in_d = d < channels
     a += row * sab

@@ -20,7 +20,6 @@ import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
 from effpass.lowering.gpu.kernels.carry import combine, row_of, scan_back_before
-from effpass.lowering.gpu.kernels.span import span
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -80,7 +79,14 @@ def states(
 ):  # fmt: skip
     """What leaves each chunk (chunks, n, d) from nothing, its sum of steps, the adjoint's like."""
     index = tl.program_id(0)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     d = _lanes(tl.program_id(1), BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -156,7 +162,16 @@ def walk(
     MOST: tl.constexpr = EDGE if EDGE else 16  # type: ignore
     BT: tl.constexpr = MOST if ROOM // (BN * BD) > MOST else ROOM // (BN * BD)
     index = tl.program_id(0)
-    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)  # type: ignore
+    if PACKED:
+        sequence = tl.load(table + index * 4)
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        sequence = (index // per_row).to(tl.int32)
+        start = ((index % per_row) * length).to(tl.int32)
+        end = tl.minimum(start + length, tokens).to(tl.int32)
+        row = sequence.to(tl.int64)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     n = tl.arange(0, BN)
     in_d = d < channels
@@ -255,7 +270,16 @@ def backward(
     a warp has the channels of one group, its lanes BL states of each.
     """
     index = tl.program_id(0)
-    sequence, start, end, _begin, row = span(table, index, per_row, length, tokens, PACKED)  # type: ignore
+    if PACKED:
+        sequence = tl.load(table + index * 4)
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        sequence = (index // per_row).to(tl.int32)
+        start = ((index % per_row) * length).to(tl.int32)
+        end = tl.minimum(start + length, tokens).to(tl.int32)
+        row = sequence.to(tl.int64)
     block = tl.program_id(1)
     d = block * BD + tl.arange(0, BD)
     n = tl.arange(0, BN)

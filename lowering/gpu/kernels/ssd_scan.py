@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
-from effpass.lowering.gpu.kernels.span import span
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -52,7 +51,14 @@ def steps(
     Tokens that are not there have a step of 0.
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     i = tl.arange(0, LENGTH)
     at = start + i
     where = row * sdb + at.to(tl.int64) * sdt + head * sdh
@@ -106,7 +112,14 @@ def products(
 ):  # fmt: skip
     """C[i].B[j] of every chunk and group (chunks, g, LENGTH, LENGTH), float32."""
     index, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     i = tl.arange(0, LENGTH)
     at = start + i
     live = at < end
@@ -138,7 +151,14 @@ def states(
     ADJOINT: the gradient of what enters it, of dy (given as x) and C (given as B).
     """
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     blocks = (count + BN - 1) // BN
     p = (tl.program_id(2) // blocks) * BP + tl.arange(0, BP)
     n = (tl.program_id(2) % blocks) * BN + tl.arange(0, BN)
@@ -181,7 +201,14 @@ def outputs(
 ):  # fmt: skip
     """y (b, t, h, p) contiguous, from what enters each chunk."""
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     p = tl.program_id(2) * BP + tl.arange(0, BP)
     in_p = p < width
     i = tl.arange(0, LENGTH)
@@ -236,7 +263,14 @@ def backward_x(
     """Of one chunk and head: dx (b, t, h, p), ddt (b, t, h), and its part of dA, dD, dbias
     (chunks, h)."""
     index, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     p = tl.arange(0, BP)
     in_p = p < width
     i = tl.arange(0, LENGTH)
@@ -318,7 +352,14 @@ def backward_bc(
 ):  # fmt: skip
     """dB and dC (b, t, g, n) of one chunk, group and block of states: sums over its heads."""
     index, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    _sequence, start, end, _begin, row = span(table, index, per_row, LENGTH, tokens, PACKED)  # type: ignore
+    if PACKED:
+        start = tl.load(table + index * 4 + 1)
+        end = tl.load(table + index * 4 + 2)
+        row = start.to(tl.int64) * 0
+    else:
+        start = (index % per_row).to(tl.int32) * LENGTH
+        end = tl.minimum(start + LENGTH, tokens)
+        row = (index // per_row).to(tl.int64)
     n = tl.program_id(2) * BN + tl.arange(0, BN)
     in_n = n < count
     p = tl.arange(0, BP)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid
-from effpass.lowering.gpu.kernels.span import span
 from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,17 +58,6 @@ def _scores(
 
 
 @triton.jit
-def _ends(offsets, offsets_k, sequence, tokens, tokens_k):
-    """The first query of a sequence and the one after its last, the same of its keys, and how many
-    more keys it has than queries."""
-    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
-    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
-    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
-    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
-    return begin_q, end_q, begin_k, end_k, (end_k - begin_k) - (end_q - begin_q)
-
-
-@triton.jit
 def _keys(start, end, begin, shift, begin_k, end_k, left, right, BN: tl.constexpr,
           POSITIONS: tl.constexpr):  # fmt: skip
     """The keys that queries start to end may see, from a multiple of BN on."""
@@ -98,8 +86,15 @@ def forward(
 ):  # fmt: skip
     """out (t, h, e); or, with DELTA, the log of the sum of weights and sum dout out, (h, t)."""
     head = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
-    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
+    shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
     live = at < end
@@ -159,8 +154,15 @@ def backward_q(
 ):  # fmt: skip
     """dq (t, h, d) of one tile of queries."""
     head = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
-    _begin, _end, begin_k, end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
+    shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at = start + tl.arange(0, BM)
     live = at < end
@@ -209,8 +211,15 @@ def backward_kv(
     """dk (tk, hk, d) and dv (tk, hk, e) of one tile of keys, over all its query heads; dbias
     (h, tk)."""
     head_k = tl.program_id(1)
-    sequence, start, end, begin, _row = span(table, tl.program_id(0), 0, 0, tokens, True)  # type: ignore
-    begin_q, end_q, begin_k, _end_k, shift = _ends(offsets, offsets_k, sequence, tokens, tokens_k)  # type: ignore
+    sequence = tl.load(table + tl.program_id(0) * 4)
+    start = tl.load(table + tl.program_id(0) * 4 + 1)
+    end = tl.load(table + tl.program_id(0) * 4 + 2)
+    begin = tl.load(table + tl.program_id(0) * 4 + 3)
+    begin_q = tl.minimum(tl.maximum(tl.load(offsets + sequence), 0), tokens)
+    end_q = tl.minimum(tl.maximum(tl.load(offsets + sequence + 1), begin_q), tokens)
+    begin_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence), 0), tokens_k)
+    end_k = tl.minimum(tl.maximum(tl.load(offsets_k + sequence + 1), begin_k), tokens_k)
+    shift = (end_k - begin_k) - (end_q - begin_q)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     at_k = start + tl.arange(0, BN)
     live_k = at_k < end
