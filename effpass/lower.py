@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from effpass.graph.clean import graphs
 from effpass.graph.source import keep_source, layer, line
 from effpass.ops import OPS, Lowering, Op
+from effpass.ops.token_matching import token_matching
 from effpass.report import Chosen
 
 
@@ -19,7 +20,7 @@ def lower(gm: GraphModule, targets: Sequence[str] | None = None) -> list[Chosen]
 
     Works on captured graphs (``meta["val"]``) and on Dynamo's own (``meta["example_value"]``).
     """
-    ops = {op.overload: op for op in OPS.values()}
+    ops = {op.overload: op for op in (*OPS.values(), token_matching)}
     chosen = []
     for body in graphs(gm):
         for node in list(body.graph.nodes):

@@ -8,7 +8,15 @@ from effpass.lowering.gpu import (
     linear_recurrence,
     selective_scan,
     ssd_scan,
+    token_matching,
     varlen_attention,
 )
 
-__all__ = ["causal_conv1d", "linear_recurrence", "selective_scan", "ssd_scan", "varlen_attention"]
+__all__ = [
+    "causal_conv1d",
+    "linear_recurrence",
+    "selective_scan",
+    "ssd_scan",
+    "token_matching",
+    "varlen_attention",
+]

@@ -2,7 +2,7 @@
 
 Every dtype of float32, bfloat16 and float16 may be mixed; arithmetic is float32. x and its gradient
 are read where they lie, channel-last or channel-first; sums over tokens (weight, bias) are added in
-a fixed order, so results repeat bit by bit.
+a fixed order, so results repeat bit by bit. One token without ``cu_seqlens`` is one launch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import chunks
-from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, tiled, traceable
 from effpass.ops.causal_conv1d import causal_conv1d
 from effpass.ops.op import implements
 
@@ -51,19 +51,18 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
     dx, f32 = x.new_empty(x.shape), torch.float32
     dweight = x.new_empty((split.count, channels, width), dtype=f32)
     dbias = x.new_empty((split.count, channels) if flags["BIAS"] else (0,), dtype=f32)
-    final, blocks = grad_final_state.contiguous(), _blocks(channels)
+    final = grad_final_state.contiguous()
     if flags.pop("SILU"):
         grad_y = _before(given, weight, bias, init, flags, grad_y)
     launch(
         kernels.backward,
-        (split.count, blocks),
+        tiled(split.count, channels, "BC"),
         *(x, weight, init, grad_y, final, dx, dweight, dbias, split.table, offsets),
         *(split.tokens, split.per_row, channels, *x.stride(), *grad_y.stride()),
         **flags,
         W=width,
         LENGTH=split.length,
         BT=32,
-        BC=64,
         BW=_power(width),
     )
     found = {"x": dx, "weight": dweight.sum(0)}
@@ -73,7 +72,7 @@ def _backward(grad_y: Tensor, grad_final_state: Tensor, *arguments: Any) -> tupl
         found["initial_state"] = x.new_empty(init.shape, dtype=f32)
         launch(
             kernels.backward_init,
-            (split.sequences if width > 1 else 0, blocks),
+            (split.sequences if width > 1 else 0, _blocks(channels)),
             *(weight, grad_y, final, found["initial_state"], offsets),
             *(split.tokens, channels, *grad_y.stride()),
             PACKED=flags["PACKED"],
@@ -100,13 +99,12 @@ def _before(
     made = x.new_empty(x.shape, dtype=torch.float32)
     launch(
         kernels.gradient_before,
-        (split.count, _blocks(channels)),
+        tiled(split.count, channels, "BC"),
         *(x, weight, bias, init, grad, made, split.table),
         *(split.tokens, split.per_row, channels, *x.stride(), *grad.stride()),
         **flags,
         W=width,
         BT=32,
-        BC=64,
     )
     return made
 
@@ -140,18 +138,19 @@ def forward(
     arguments = (x, weight, bias, activation, initial_state, cu_seqlens)
     weight, bias, init, flags = _ready(dict(zip(_NAMES, arguments, strict=True)))
     channels, width = weight.shape
+    if isinstance(x.shape[1], int) and x.shape[1] == 1 and cu_seqlens is None:
+        return _update(x, weight, bias, init, flags)
     split = chunks(x, cu_seqlens, 32)
     y = x.new_empty(x.shape)
     final = x.new_empty((split.sequences, channels, width - 1))
     launch(
         kernels.forward,
-        (split.count, _blocks(channels)),
+        tiled(split.count, channels, "BC"),
         *(x, weight, bias, init, y, split.table, split.tokens, split.per_row, channels),
         *x.stride(),
         **flags,
         W=width,
         BT=32,
-        BC=64,
     )
     launch(
         kernels.final_state,
@@ -163,6 +162,25 @@ def forward(
         PACKED=flags["PACKED"],
         BW=_power(width - 1),
         BC=64,
+    )
+    return y, final
+
+
+def _update(
+    x: Tensor, weight: Tensor, bias: Tensor, init: Tensor, flags: dict[str, bool]
+) -> tuple[Tensor, Tensor]:
+    """One token a row, as a decoder runs."""
+    from effpass.lowering.gpu.kernels import causal_conv1d as kernels
+
+    (batch, _, channels), width = x.shape, weight.shape[1]
+    y, final = x.new_empty(x.shape), x.new_empty((batch, channels, width - 1))
+    launch(
+        kernels.update,
+        tiled(batch, channels, "BC"),
+        *(x, weight, bias, init, y, final, channels, x.stride(0), x.stride(2)),
+        **{name: flags[name] for name in ("INIT", "BIAS", "SILU")},
+        W=width,
+        BW=_power(width),
     )
     return y, final
 

@@ -5,6 +5,10 @@ where boundaries matter in a chunked scan (the state of a chunk, the carry betwe
 products inside a chunk, the carried part of its output: mamba_ssm's ``seq_idx``) all see one
 sequence. The number of chunks is bounded from sizes alone (one partial chunk a sequence), so no
 value is read back from the device; chunks that are left over are empty.
+
+Each kernel reads its row of the table itself. A function shared by them would be shorter, but what
+it answers leads to addresses that are written, and torch (2.11) would then take the table, and all
+that stands in its place, for written to.
 """
 
 from __future__ import annotations
@@ -56,3 +60,15 @@ def chunks(like: Tensor, cu_seqlens: Tensor | None, length: int) -> Chunks:
     end = torch.minimum(start + length, offsets[held + 1])
     rows = torch.stack([held, start, torch.where(inside, end, start), begin], 1)
     return Chunks(rows, first, count, sequences, tokens, 0, length, True)
+
+
+def whole(like: Tensor, cu_seqlens: Tensor | None) -> Chunks:
+    """The same where every sequence is one chunk, an empty one too; ``first`` is a place holder."""
+    batch, tokens = like.shape[:2]
+    if cu_seqlens is None:
+        return Chunks(like, like, batch, batch, tokens, 1, tokens, False)
+    offsets, sequences = cu_seqlens.clamp(0, tokens), cu_seqlens.shape[0] - 1
+    begin, end = offsets[:-1], torch.maximum(offsets[1:], offsets[:-1])
+    index = torch.arange(sequences, device=like.device, dtype=torch.int32)
+    rows = torch.stack([index, begin, end, begin], 1)
+    return Chunks(rows, like, sequences, sequences, tokens, 0, tokens, True)

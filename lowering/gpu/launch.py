@@ -55,6 +55,13 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **meta: Any) -> None:
     kernel[grid](*arguments, **meta)
 
 
+def tiled(count: Any, size: Any, block: str, *after: Any) -> Any:
+    """A grid: ``count`` programs, times ``size`` in blocks as tuned, times ``after``."""
+    if count == 0 or size == 0:
+        return (0,)
+    return lambda meta: (count, (size + meta[block] - 1) // meta[block], *after)
+
+
 def refusal(
     arguments: Mapping[str, Any], dtypes: Sequence[torch.dtype] = DTYPES, integers: str = "cu_"
 ) -> str | None:
@@ -112,12 +119,12 @@ def traceable(op: Op, forward: Callable[..., Any], backward: Callable[..., Any])
         torch.library.register_torch_dispatch(
             f"{space}::{name}",
             FunctionalTensorMode,
-            functools.partial(_decompose, run, total, defaults),
+            functools.partial(decompose, run, total, defaults),
             lib=library,
         )
 
 
-def _decompose(
+def decompose(
     run: Callable[..., Any],
     total: int,
     defaults: Sequence[Any],

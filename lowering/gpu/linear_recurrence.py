@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import Chunks, chunks
-from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, tiled, traceable
 from effpass.ops.linear_recurrence import linear_recurrence
 from effpass.ops.op import implements
 
 _NAMES = tuple(linear_recurrence.signature.parameters)
-_BLOCK = 128
 
 
 def _refuses(*arguments: Any) -> str | None:
@@ -41,7 +40,7 @@ def _carried(
     starts, channels = torch.empty_like(local), local.shape[1]
     launch(
         carry,
-        (split.sequences, (channels + _BLOCK - 1) // _BLOCK),
+        tiled(split.sequences, channels, "BE"),
         *(local, decay, local, ends if init is None else init.contiguous(), ends, starts),
         *(split.first, split.per_row, channels, 1, 1),
         REVERSE=reverse,
@@ -49,7 +48,6 @@ def _carried(
         PACKED=split.packed,
         DECAY="element",
         BC=16,
-        BE=_BLOCK,
     )
     return starts
 
@@ -66,14 +64,13 @@ def _states(
     adjoint = decay if grad is None else torch.empty_like(local)
     launch(
         kernels.states,
-        (split.count, (channels + _BLOCK - 1) // _BLOCK),
+        tiled(split.count, channels, "BD"),
         *(a, b, dh, local, decay, adjoint, split.table, split.tokens, split.per_row, channels),
         *(*a.stride(), *b.stride(), *dh.stride()),
         ADJOINT=grad is not None,
         PACKED=split.packed,
         LENGTH=split.length,
         BT=min(32, split.length),
-        BD=_BLOCK,
     )
     return local, decay, adjoint
 
@@ -98,13 +95,12 @@ def _backward(
     da, db = a.new_empty(a.shape), b.new_empty(b.shape)
     launch(
         kernels.backward,
-        (split.count, (channels + _BLOCK - 1) // _BLOCK),
+        tiled(split.count, channels, "BD"),
         *(a, b, grad_h, starts, leaving, da, db, split.table),
         *(split.tokens, split.per_row, channels),
         *(*a.stride(), *b.stride(), *grad_h.stride()),
         PACKED=split.packed,
         BT=32,
-        BD=_BLOCK,
     )
     found = {"a": da, "b": db, "initial_state": dstart}
     return gradients(linear_recurrence, grad_h, given, found)
@@ -124,13 +120,12 @@ def forward(
     h = a.new_empty(a.shape)
     launch(
         kernels.outputs,
-        (split.count, (channels + _BLOCK - 1) // _BLOCK),
+        tiled(split.count, channels, "BD"),
         *(a, b, starts, h, split.table, split.tokens, split.per_row, channels),
         *(*a.stride(), *b.stride()),
         PACKED=split.packed,
         LENGTH=split.length,
         BT=32,
-        BD=_BLOCK,
     )
     return h, final
 

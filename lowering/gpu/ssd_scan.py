@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from effpass.lowering.gpu.chunks import Chunks, chunks
-from effpass.lowering.gpu.launch import gradients, launch, refusal, traceable
+from effpass.lowering.gpu.launch import gradients, launch, refusal, tiled, traceable
 from effpass.ops.op import implements
 from effpass.ops.ssd_scan import ssd_scan
 
 CHUNK = 64  # half of it in float32, whose products take registers
 WIDEST, MOST_STATES = 128, 256
 _NAMES = tuple(ssd_scan.signature.parameters)
-_BLOCK = 128
 
 
 def _refuses(*arguments: Any) -> str | None:
@@ -167,7 +166,7 @@ def _carried(
     elements = call.heads * inner
     launch(
         carry,
-        (call.split.sequences, (elements + _BLOCK - 1) // _BLOCK),
+        tiled(call.split.sequences, elements, "BE"),
         *(local, decay, local, ends if init is None else init.contiguous(), ends, starts),
         *(call.split.first, call.split.per_row, elements, inner, 1),
         REVERSE=reverse,
@@ -175,7 +174,6 @@ def _carried(
         PACKED=call.split.packed,
         DECAY="head",
         BC=16,
-        BE=_BLOCK,
     )
     return starts
 
@@ -250,8 +248,6 @@ def _inner(
         *(*x.stride(), *dt.stride(), *strides),
         **call.meta("SKIP", "BIAS", "SOFTPLUS", "LIMIT"),
         **tiles,
-        num_warps=8,
-        num_stages=1,
     )
     launch(
         kernels.backward_bc,
@@ -259,8 +255,6 @@ def _inner(
         *(x, B, C, dy, step, sums, starts, leaving, dB, dC, split.table, *call.sizes),
         *(*x.stride(), *strides),
         **tiles,
-        num_warps=8,
-        num_stages=1,
     )
     return {"x": dx, "dt": ddt, "B": dB, "C": dC, "side": side}
 
@@ -290,12 +284,11 @@ def _update(call: _Call) -> tuple[Tensor, Tensor]:
     strides = [s for v in (x, dt, B, C, z) for s in (v.stride(0), *v.stride()[2:])]
     launch(
         kernels.update,
-        (x.shape[0], call.heads, -(-call.width // 16)),
+        tiled(x.shape[0], call.width, "BP", call.heads),
         *(x, dt, A, B, C, D, z, bias, init, y, final, *call.sizes[2:], *call.limits),
         *strides,
         **call.meta("SKIP", "GATE", "BIAS", "SOFTPLUS", "LIMIT"),
         INIT=call.given["initial_state"] is not None,
-        BP=16,
         BN=_power(call.count),
     )
     return y, final

@@ -3,7 +3,8 @@
     python -m tests.lowering.compile_for_gpu bf16|fp32 [op ...]
 
 Arguments are those of real calls, on the "meta" device; Triton and its assembler run as on a GPU of
-compute capability 9.0. One JSON line a kernel; a kernel that does not compile is an exception.
+compute capability 9.0, in every configuration for the first call of an op and the first for others.
+One JSON line a kernel; a kernel that does not compile is an exception.
 """
 
 import json
@@ -22,6 +23,7 @@ from triton.runtime.jit import JITFunction
 import effpass.lowering
 from effpass.lowering.gpu import launch as launching
 from effpass.ops import OPS
+from effpass.ops.token_matching import token_matching
 from tests.lowering.realistic import CALLS
 
 TYPES = {
@@ -30,6 +32,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 232448  # bytes that a program may have on an H200
@@ -67,12 +70,14 @@ def _compile(kernel: JITFunction, values: tuple[Any, ...], meta: dict[str, Any])
     }
 
 
-def _record(found: list[dict[str, Any]]) -> Callable[..., None]:
+def _record(found: list[dict[str, Any]], every: bool) -> Callable[..., None]:
+    """Stands for ``launch``; of a kernel's configurations ``every`` one, or the first."""
+
     def record(kernel: Any, grid: Any, *values: Any, **meta: Any) -> None:
         if isinstance(kernel, Autotuner):
             configs = [
                 {**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages}
-                for c in kernel.configs
+                for c in kernel.configs[: None if every else 1]
             ]
             kernel = kernel.fn
         else:
@@ -91,13 +96,15 @@ def main(dtype: str, ops: list[str]) -> None:
     for name in ops or list(CALLS):
         found: list[dict[str, Any]] = []
         module = getattr(effpass.lowering.gpu, name)
-        module.launch = _record(found)
-        gpu = next(w for w in OPS[name].lowerings if w.target == "gpu")
-        for call in CALLS[name](storage):
-            arguments = [*OPS[name].bind(**call).values()]
+        op = OPS.get(name, token_matching)
+        gpu = next(w for w in op.lowerings if w.target == "gpu")
+        for i, call in enumerate(CALLS[name](storage)):
+            module.launch = _record(found, every=i == 0)
+            arguments = [*op.bind(**call).values()]
             outputs = gpu.forward(*arguments)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            gpu.backward(*outputs, *arguments)
+            if op is not token_matching:
+                gpu.backward(*outputs, *arguments)
         for each in found:
             print(json.dumps(each), flush=True)
         if any(each["shared"] > SHARED for each in found):

@@ -5,10 +5,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from effpass.lowering.cpu import build
+from effpass.lowering.gpu import launch
+from tests.lowering.interpreter import correct
 
 M_PERTURB = -6  # mallopt's name for: fill fresh memory with the complement of this byte
 
@@ -21,6 +24,17 @@ def poisoned_memory() -> Iterator[None]:
     yield
     perturb(M_PERTURB, 0)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def triton_runs() -> Iterator[None]:
+    """Triton's kernels run: on a GPU, or in Triton's interpreter without one."""
+    if torch.cuda.is_available():
+        yield
+        return
+    correct()
+    with launch.interpreted(), np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture(params=build.supported_isas())

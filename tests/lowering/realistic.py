@@ -22,15 +22,16 @@ def _maker(storage: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., T
 def _scan(storage: torch.dtype) -> list[dict[str, Any]]:
     big, small, offsets = _maker(storage)
 
-    def call(tokens: int, **more: Any) -> dict[str, Any]:
-        d, n = 256, 16
+    def call(tokens: int, d: int = 256, **more: Any) -> dict[str, Any]:
+        n = 16
         given = {name: big(1, tokens, d) for name in ("x", "dt", "z")}
         given |= {name: big(1, tokens, n) for name in ("B", "C")}
         return {**given, "A": small(d, n), "D": small(d), "dt_bias": small(d), **more}
 
     packed = {"cu_seqlens": offsets, "initial_state": small(S, 256, 16)}
     one = {"initial_state": small(1, 256, 16)}
-    return [call(tokens, dt_softplus=True, **m) for tokens, m in ((T, {}), (T, packed), (1, one))]
+    calls = ((T, {}), (T, packed), (1, one), (T, {"d": 2560}))  # the last is not cut into chunks
+    return [call(tokens, dt_softplus=True, **more) for tokens, more in calls]
 
 
 def _ssd(storage: torch.dtype) -> list[dict[str, Any]]:
@@ -79,11 +80,20 @@ def _attention(storage: torch.dtype) -> list[dict[str, Any]]:
     return [call(64, causal=True), call(128, window=(100, 0)), call(64, causal=True, **every)]
 
 
+def _matching(storage: torch.dtype) -> list[dict[str, Any]]:
+    big, _, _ = _maker(storage)
+    at = torch.empty(1, T // 2, dtype=torch.int64, device="meta")
+    given = {"a": big(1, T // 2, 768), "b": big(1, T // 2, 768), "a_at": at, "b_at": at}
+    open = torch.empty(1, T // 2, dtype=torch.bool, device="meta")
+    return [{**given, "open": open, "later": later} for later in (False, True)]
+
+
 CALLS: dict[str, Callable[[torch.dtype], list[dict[str, Any]]]] = {
     "causal_conv1d": _conv,
     "linear_recurrence": _recurrence,
     "selective_scan": _scan,
     "ssd_scan": _ssd,
+    "token_matching": _matching,
     "varlen_attention": _attention,
 }
 

@@ -146,12 +146,12 @@ def test_matching_in_tiles_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (torch.randint(0, 2, (2, n, 4), generator=generator) - 0.5 for n in (37, 41))
     args: Any = (a, b, torch.ones(2, 41) > 0, torch.arange(37).expand(2, -1))
     args = (*args, torch.arange(41).expand(2, -1), True)
-    whole = torch.ops.effpass_tokens.closest(*args)
-    monkeypatch.setattr("effpass.passes.reduction.closest.TILE", 5)
-    tiled = torch.ops.effpass_tokens.closest(*args)
+    whole = torch.ops.effpass.token_matching(*args)
+    monkeypatch.setattr("effpass.ops.token_matching.TILE", 5)
+    tiled = torch.ops.effpass.token_matching(*args)
     assert torch.equal(whole[0], tiled[0])
     close(tiled[1], whole[1], "kernel_fp32")
-    torch.library.opcheck(torch.ops.effpass_tokens.closest.default, args)
+    torch.library.opcheck(torch.ops.effpass.token_matching.default, args)
 
 
 def test_weighted_mean_counts_earlier_merges() -> None:

@@ -7,6 +7,8 @@ A chunk maps the state at its start to ``decay * state + local``; maps compose a
 import triton
 import triton.language as tl
 
+from effpass.lowering.gpu.kernels.tuning import tuned
+
 
 @triton.jit
 def combine(a1, b1, a2, b2):
@@ -31,21 +33,48 @@ def scan_back(a, b):
 
 
 @triton.jit
-def scan_back_before(a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The same scan without the row's own map: c x + d enters the row when x enters the last."""
-    one = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    _map, _sum, c, d = tl.associative_scan(
-        (tl.flip(a, 0), tl.flip(b, 0), one, one * 0.0), 0, combine_before
+def scan_back_before(a, b):
+    """The same scan, and what enters each row: the sum behind it; nothing enters the last.
+
+    Nothing is -0.0, which the compiler knows to add nothing; 0.0 would make 0.0 of -0.0.
+    """
+    one = tl.full(a.shape, 1.0, tl.float32)
+    none = tl.full(a.shape, -2147483648, tl.int32).to(tl.float32, bitcast=True)
+    _prefix, sums, _through, before = tl.associative_scan(
+        (tl.flip(a, 0), tl.flip(b, 0), one, none), 0, combine_before
     )
-    return tl.flip(c, 0), tl.flip(d, 0)
+    return tl.flip(sums, 0), tl.flip(before, 0)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def row_of(tile, kept):
+    """The row (along dim 0) of a tile of float32 where ``kept``, true in one row, is.
+
+    By its bits: where rows lie inside a thread the compiler knows that 0 | x is x, and nothing is
+    left to do. It would add all the zeros of a sum.
+    """
+    bits = tl.where(kept, tile.to(tl.int32, bitcast=True), 0)
+    return tl.reduce(bits, 0, _either).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def last_row(tile, ROWS: tl.constexpr):
-    """The last row of a tile (ROWS, ...)."""
-    return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[:, None], tile, 0.0), 0)
+    """The last row of a tile (ROWS, n) of float32."""
+    return row_of(tile, (tl.arange(0, ROWS) == ROWS - 1)[:, None])
 
 
+@tuned(
+    ("elements", "DECAY"),
+    {"BE": 128, "warps": 4},
+    {"BE": 64, "warps": 2},
+    {"BE": 32, "warps": 1},
+    interpreted={"BE": 1024},
+)
 @triton.jit
 def carry(
     local, decay, A, init, ends, starts, first, per_row, elements, inner, outer,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid
+from effpass.lowering.gpu.kernels.tuning import tuned
 
 
 @triton.jit
@@ -44,6 +45,12 @@ def _pre(
     return made
 
 
+@tuned(
+    ("channels", "sxc", "W"),
+    {"BC": 64, "warps": 4},
+    {"BC": 128, "warps": 4},
+    {"BC": 32, "warps": 2},
+)
 @triton.jit
 def forward(
     x, weight, bias, init, y, table, tokens, per_row, channels, sxb, sxt, sxc,
@@ -103,6 +110,12 @@ def final_state(
     tl.store(final + where, value.to(final.dtype.element_ty), mask=live[:, None] & in_c[None, :])
 
 
+@tuned(
+    ("channels", "sxc", "W"),
+    {"BC": 64, "warps": 4},
+    {"BC": 128, "warps": 4},
+    {"BC": 32, "warps": 2},
+)
 @triton.jit
 def gradient_before(
     x, weight, bias, init, grad, before, table, tokens, per_row, channels,
@@ -146,6 +159,12 @@ def _ahead(grad, at, seen, in_c, c, sgt, sgc):
     return tl.load(grad + where, mask=seen[:, None] & in_c[None, :], other=0.0).to(tl.float32)
 
 
+@tuned(
+    ("channels", "sxc", "W"),
+    {"BC": 64, "warps": 4},
+    {"BC": 128, "warps": 4},
+    {"BC": 32, "warps": 2},
+)
 @triton.jit
 def backward(
     x, weight, init, grad, grad_final, dx, dweight, dbias, table, offsets, tokens, per_row,
@@ -241,3 +260,38 @@ def backward_init(
     where = (sequence * channels + c)[None, :] * (W - 1)
     made += tl.load(grad_final + where + slot[:, None], mask=kept, other=0.0).to(tl.float32)
     tl.store(dinit + where + k[:, None], made, mask=live[:, None] & in_c[None, :])
+
+
+@tuned(
+    ("channels", "W"),
+    {"BC": 128, "warps": 4},
+    {"BC": 64, "warps": 2},
+    {"BC": 256, "warps": 4},
+)
+@triton.jit
+def update(
+    x, weight, bias, init, y, final, channels, sxb, sxc,
+    W: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, BW: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """One token of every row: y (b, 1, c) and the last W - 1 tokens after it (b, c, W - 1)."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = tl.arange(0, BW)
+    in_c = c < channels
+    taps = in_c[:, None] & (k < W)[None, :]
+    before = in_c[:, None] & (k < W - 1)[None, :]
+    where = (row * channels + c)[:, None] * (W - 1) + k[None, :]
+    token = tl.load(x + row * sxb + c * sxc, mask=in_c, other=0.0).to(tl.float32)
+    window = tl.where((k == W - 1)[None, :], token[:, None], 0.0)
+    if INIT:
+        window += tl.load(init + where, mask=before, other=0.0).to(tl.float32)
+    w = tl.load(weight + c[:, None] * W + k[None, :], mask=taps, other=0.0).to(tl.float32)
+    made = tl.sum(window * w, 1)
+    if BIAS:
+        made += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)
+    if SILU:
+        made = made * sigmoid(made)
+    tl.store(y + row * channels + c, made.to(y.dtype.element_ty), mask=in_c)
+    moved = in_c[:, None] & ((k > 0) & (k < W))[None, :]
+    tl.store(final + where - 1, window.to(final.dtype.element_ty), mask=moved)

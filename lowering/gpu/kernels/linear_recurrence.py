@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.carry import combine, last_row, scan_back
+from effpass.lowering.gpu.kernels.tuning import tuned
 
 
 @triton.jit
@@ -16,6 +17,12 @@ def _load(pointer, at, d, stride, stride_d, mask, OTHER: tl.constexpr):
     return tl.load(pointer + where, mask=mask, other=OTHER).to(tl.float32)
 
 
+@tuned(
+    ("channels",),
+    {"BD": 128, "warps": 4},
+    {"BD": 64, "warps": 2},
+    {"BD": 32, "warps": 1},
+)
 @triton.jit(do_not_specialize=["sat", "sbt", "sgt"])
 def states(
     a, b, grad, local, decay, adjoint, table, tokens, per_row, channels,
@@ -59,6 +66,12 @@ def states(
         tl.store(adjoint + where, back, mask=in_d)
 
 
+@tuned(
+    ("channels",),
+    {"BD": 128, "warps": 4},
+    {"BD": 64, "warps": 2},
+    {"BD": 32, "warps": 1},
+)
 @triton.jit(do_not_specialize=["sat", "sbt"])
 def outputs(
     a, b, starts, h, table, tokens, per_row, channels, sab, sat, sac, sbb, sbt, sbc,
@@ -91,6 +104,12 @@ def outputs(
         state = last_row(made, BT)
 
 
+@tuned(
+    ("channels",),
+    {"BD": 128, "warps": 4},
+    {"BD": 64, "warps": 2},
+    {"BD": 32, "warps": 1},
+)
 @triton.jit(do_not_specialize=["sat", "sbt", "sgt"])
 def backward(
     a, b, grad, starts, leaving, da, db, table, tokens, per_row, channels,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid, softplus
+from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -98,6 +99,12 @@ def _rows(pointer, row, at, column, sb, st, sc, live, in_c):
     return tl.load(pointer + where, mask=live[:, None] & in_c[None, :], other=0.0)
 
 
+@tuned(
+    ("groups", "count", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 2, "stages": 2},
+    {"warps": 8, "stages": 2},
+)
 @triton.jit
 def products(
     B, C, cb, table, tokens, per_row, groups, count, sBb, sBt, sBg, sBn, sCb, sCt, sCg, sCn,
@@ -126,6 +133,12 @@ def products(
     tl.store(cb + base + i[:, None] * LENGTH + i[None, :], made)
 
 
+@tuned(
+    ("heads", "width", "count", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 8, "stages": 2},
+    {"warps": 2, "stages": 2},
+)
 @triton.jit
 def states(
     x, B, step, sums, local, table, tokens, per_row, heads, groups, width, count,
@@ -173,6 +186,12 @@ def _decays(high, low, high_j, low_j, causal):
     return tl.where(causal, _exp(tl.where(causal, gap, 0.0)), 0.0)
 
 
+@tuned(
+    ("heads", "width", "count", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 8, "stages": 2},
+    {"warps": 4, "stages": 1},
+)
 @triton.jit
 def outputs(
     x, C, D, z, cb, step, sums, starts, y, table, tokens, per_row, heads, groups, width, count,
@@ -226,6 +245,12 @@ def outputs(
     tl.store(y + where, made.to(y.dtype.element_ty), mask=live[:, None] & in_p[None, :])
 
 
+@tuned(
+    ("heads", "width", "count", "HALF"),
+    {"warps": 8, "stages": 1},
+    {"warps": 4, "stages": 1},
+    {"warps": 8, "stages": 2},
+)
 @triton.jit
 def backward_x(
     x, dt, A, B, C, D, bias, grad, cb, step, sums, starts, leaving, dx, ddt, dA, dD, dbias,
@@ -312,6 +337,12 @@ def backward_x(
     tl.store(dx + where, made.to(dx.dtype.element_ty), mask=live[:, None] & in_p[None, :])
 
 
+@tuned(
+    ("heads", "width", "count", "HALF"),
+    {"warps": 8, "stages": 1},
+    {"warps": 4, "stages": 1},
+    {"warps": 8, "stages": 2},
+)
 @triton.jit
 def backward_bc(
     x, B, C, grad, step, sums, starts, leaving, dB, dC, table, tokens, per_row, heads, groups,
@@ -367,6 +398,13 @@ def backward_bc(
     tl.store(dC + where, made_c.to(dC.dtype.element_ty), mask=kept)
 
 
+@tuned(
+    ("heads", "width", "count"),
+    {"BP": 16, "warps": 4},
+    {"BP": 8, "warps": 4},
+    {"BP": 32, "warps": 4},
+    interpreted={"BP": 64},
+)
 @triton.jit
 def update(
     x, dt, A, B, C, D, z, bias, init, y, final, heads, groups, width, count, dt_min, dt_max,
@@ -375,8 +413,8 @@ def update(
     LIMIT: tl.constexpr, INIT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """One token of every row and head: y (b, 1, h, p) and the state after it (b, h, p, n)."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p = tl.program_id(2) * BP + tl.arange(0, BP)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    p = tl.program_id(1) * BP + tl.arange(0, BP)
     n = tl.arange(0, BN)
     in_p, in_n = p < width, n < count
     group = head // (heads // groups)

@@ -3,30 +3,47 @@
 import triton
 import triton.language as tl
 
+from effpass.lowering.gpu.kernels.tuning import tuned
+
+
+@triton.jit
+def _part(pointer, at, d, st, sd, live, width):
+    where = at.to(tl.int64)[:, None] * st + d[None, :] * sd
+    return tl.load(pointer + where, mask=live[:, None] & (d < width)[None, :], other=0.0)
+
 
 @triton.jit
 def _unit(pointer, at, st, sd, live, width, BN: tl.constexpr, BD: tl.constexpr):
-    """1 / length of tokens ``at``; 0 for a token of zeros."""
+    """1 / length of tokens ``at``, which is at least 1e-12."""
     total = tl.zeros((BN,), tl.float32)
     for first in range(0, width, BD):
-        d = first + tl.arange(0, BD)
-        where = at.to(tl.int64)[:, None] * st + d[None, :] * sd
-        value = tl.load(pointer + where, mask=live[:, None] & (d < width)[None, :], other=0.0)
-        total += tl.sum(value.to(tl.float32) * value.to(tl.float32), 1)
-    return tl.where(total > 0.0, 1.0 / tl.sqrt(tl.where(total > 0.0, total, 1.0)), 0.0)
+        value = _part(pointer, at, first + tl.arange(0, BD), st, sd, live, width).to(tl.float32)
+        total += tl.sum(value * value, 1)
+    length = tl.sqrt(total)
+    return 1.0 / tl.where(length < 1e-12, 1e-12, length)
 
 
+@tuned(
+    ("width", "LATER", "HALF"),
+    {"BM": 64, "BN": 64, "warps": 4, "stages": 2},
+    {"BM": 128, "BN": 64, "warps": 8, "stages": 2},
+    {"BM": 32, "BN": 64, "warps": 4, "stages": 2},
+)
 @triton.jit
 def best(
-    a, b, score, index, count_a, count_b, width, sab, sat, sad, sbb, sbt, sbd,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    a, b, open, a_at, b_at, score, index, count_a, count_b, width, sab, sat, sad, sbb, sbt, sbd,
+    LATER: tl.constexpr, HALF: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """score and index (b, m): the largest cosine of each a[m] with b[k], and its first k."""
+    """score and index (b, s): the largest cosine of each a[s] with an open b[t], and its first t.
+
+    -inf and 0 where none is open; with LATER only those count that stand behind the source.
+    """
     row = tl.program_id(0).to(tl.int64)
     a += row * sab
     b += row * sbb
     at = tl.program_id(1) * BM + tl.arange(0, BM)
     live = at < count_a
+    place = tl.load(a_at + row * count_a + at, mask=live, other=0)
     most = tl.full((BM,), float("-inf"), tl.float32)
     found = tl.zeros((BM,), tl.int64)
     length = _unit(a, at, sat, sad, live, width, BM, BD)
@@ -36,19 +53,24 @@ def best(
         made = tl.zeros((BM, BN), tl.float32)
         for start in range(0, width, BD):
             d = start + tl.arange(0, BD)
-            in_d = (d < width)[None, :]
-            where = at.to(tl.int64)[:, None] * sat + d[None, :] * sad
-            x = tl.load(a + where, mask=live[:, None] & in_d, other=0.0).to(tl.float32)
-            where = other.to(tl.int64)[:, None] * sbt + d[None, :] * sbd
-            y = tl.load(b + where, mask=live_b[:, None] & in_d, other=0.0).to(tl.float32)
-            made += tl.dot(x, tl.trans(y), input_precision="ieee")
+            x = _part(a, at, d, sat, sad, live, width)
+            y = _part(b, other, d, sbt, sbd, live_b, width)
+            if HALF:
+                made = tl.dot(x, tl.trans(y), made)
+            else:
+                y = tl.trans(y.to(tl.float32))
+                made = tl.dot(x.to(tl.float32), y, made, input_precision="ieee")
         made *= length[:, None] * _unit(b, other, sbt, sbd, live_b, width, BN, BD)[None, :]
-        made = tl.where(live_b[None, :], made, float("-inf"))
+        side = row * count_b + other
+        seen = (tl.load(open + side, mask=live_b, other=0) != 0)[None, :] & (made == made)
+        if LATER:
+            seen &= tl.load(b_at + side, mask=live_b, other=0)[None, :] > place[:, None]
+        made = tl.where(seen, made, float("-inf"))
         top = tl.max(made, 1)
         # the first of equal ones
-        place = tl.min(tl.where(made == top[:, None], other[None, :], 2147483647), 1)
+        at_top = tl.min(tl.where(made == top[:, None], other[None, :], 2147483647), 1)
         better = top > most
-        found = tl.where(better, place.to(tl.int64), found)
+        found = tl.where(better, at_top.to(tl.int64), found)
         most = tl.where(better, top, most)
     side = row * count_a + at
     tl.store(score + side, most, mask=live)

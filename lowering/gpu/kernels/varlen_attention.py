@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from effpass.lowering.gpu.kernels.activations import sigmoid
+from effpass.lowering.gpu.kernels.tuning import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -68,6 +69,12 @@ def _keys(start, end, begin, shift, begin_k, end_k, left, right, BN: tl.constexp
     return first.to(tl.int32), tl.maximum(last, first).to(tl.int32)
 
 
+@tuned(
+    ("heads", "group", "width", "width_v", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 8, "stages": 2},
+    {"warps": 4, "stages": 3},
+)
 @triton.jit
 def forward(
     q, k, v, bias, q_pos, k_pos, grad, out, lse, delta, table, offsets, offsets_k,
@@ -131,6 +138,12 @@ def forward(
         )
 
 
+@tuned(
+    ("heads", "group", "width", "width_v", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 8, "stages": 2},
+    {"warps": 4, "stages": 1},
+)
 @triton.jit
 def backward_q(
     q, k, v, bias, q_pos, k_pos, grad, lse, delta, dq, table, offsets, offsets_k,
@@ -181,6 +194,12 @@ def backward_q(
     tl.store(dq + where, (made * scale).to(dq.dtype.element_ty), mask=kept)
 
 
+@tuned(
+    ("heads", "group", "width", "width_v", "HALF"),
+    {"warps": 4, "stages": 2},
+    {"warps": 8, "stages": 2},
+    {"warps": 4, "stages": 1},
+)
 @triton.jit
 def backward_kv(
     q, k, v, bias, q_pos, k_pos, grad, lse, delta, dk, dv, dbias, table, offsets, offsets_k,
