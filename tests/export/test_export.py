@@ -106,7 +106,7 @@ def test_refused_models(tmp_path: Path) -> None:
     for model, text, more in (
         (Stack(), "call model.eval", {}),
         (Sorted().eval(), "no ONNX translation of the operator .*modified_bessel_i0", {}),
-        (stack(), "rewritten layout has no ONNX form yet", {"options": {"pack_varlen": True}}),
+        (stack(), "packed=True exports a file", {"options": {"pack_varlen": True}}),
         (stack(), "expected names of tensors", {"dynamic": {"y": {0: "batch"}}}),
         (stack(), "expected dims of x from 0 to 2", {"dynamic": {"x": {3: "batch"}}}),
         (stack(), "is fixed at 8", {"dynamic": {"x": {2: "channels"}}}),
