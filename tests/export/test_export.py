@@ -117,6 +117,21 @@ def test_refused_models(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+class OfTwo(nn.Module):
+    """A model whose code fixes its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor([[[1.0]], [[2.0]]])
+
+
+def test_a_dim_that_the_model_fixes_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    made = effpass.export_onnx(OfTwo().eval(), (torch.randn(2, 5, 8),), path=path)
+    assert any("(batch) of x is fixed at 2" in note for note in made.notes)
+    with pytest.raises(ValueError, match=r"expected input x of shape \[2, 'length', 8\]"):
+        effpass.OnnxModel(path)(torch.randn(3, 5, 8))
+
+
 def test_unwritable_paths(tmp_path: Path) -> None:
     for path, text in ((tmp_path, "found the directory"), (tmp_path / "no" / "m", "cannot write")):
         with pytest.raises(effpass.ExportError, match=text):
