@@ -63,7 +63,12 @@ def test_families(family: str, tmp_path: Path) -> None:
             agree(model, options, path, make_inputs(batch, length, False))
 
 
-@pytest.mark.parametrize("method", ["evit", "tome", "pumer", "prefix", "random", "utrc"])
+RIVALS = ("evit", "tome", "pumer", "prefix", "random")
+
+
+@pytest.mark.parametrize(
+    "method", ["utrc", *(pytest.param(rival, marks=pytest.mark.slow) for rival in RIVALS)]
+)
 def test_methods(method: str, tmp_path: Path) -> None:
     model, path = Stack(layers=3).eval(), tmp_path / "m.onnx"
     options = {"reduce_tokens": {"keep": 0.6, "layers": [0, 1], "method": method}}
