@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write.add_argument("--options", default="{}", help="options as for torch.compile, in JSON")
     write.add_argument("--dynamic", default="null", help="open dims, {input: {dim: name}}, in JSON")
     write.add_argument("--stateful", action="store_true", help="states as inputs and outputs")
+    write.add_argument("--packed", action="store_true", help="sequences end to end, and offsets")
     write.add_argument("--portable", action="store_true", help="operators of ai.onnx alone")
     write.add_argument("--no-verify", action="store_true", help="do not compare with eager")
     arguments = parser.parse_args(argv)
@@ -103,6 +104,7 @@ def _export(arguments: argparse.Namespace) -> int:
             options=options,
             dynamic=dynamic,
             stateful=arguments.stateful,
+            packed=arguments.packed,
             portable=arguments.portable,
             verify=not arguments.no_verify,
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from effpass import OnnxModel
 from effpass.cli import main
 from tests.tiny import small
 
@@ -59,6 +60,9 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dims = '{"x": {"0": "rows", "1": "tokens"}}'
     assert main(["export", "tests.test_cli:evaluated", str(path), "--dynamic", dims]) == 0
     assert "largest error" in capsys.readouterr().out and path.is_file()
+    row = ["export", "tests.test_cli:evaluated", str(tmp_path / "row.onnx"), "--packed"]
+    assert main([*row, "--no-verify"]) == 0 and "not verified" in capsys.readouterr().out
+    assert OnnxModel(tmp_path / "row.onnx").packed
     for arguments, text in (
         (["tests.tiny:small", str(path)], "call model.eval"),
         (["tests.test_cli:evaluated", str(path), "--dynamic", "[]"], "expected --dynamic to be"),

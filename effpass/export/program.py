@@ -16,12 +16,12 @@ import torch
 from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from effpass.capture import known
 from effpass.graph.clean import clean
-from effpass.passes.boundaries.marks import RowError, take
+from effpass.passes.boundaries.marks import Marks, RowError, take
 from effpass.patterns.raising import raise_ops
 from effpass.report import Declined, GraphReport
 
@@ -57,31 +57,40 @@ def capture(
     ``dynamic``: ``{input: {dim: name}}``; None leaves batch and length open wherever the model
     does. Raises ExportError.
     """
-    given = _named(model, args, kwargs)
+    given = named(model, args, kwargs)
     asked = dynamic
     names = _default_dims(given) if asked is None else {n: dict(d) for n, d in asked.items()}
     _check_dims(names, given)
-    example = _grown(given, names)
+    program = exported(model, _grown(given, names), names)
+    report = GraphReport("export", "onnx")
+    marks = rewrite(program, report)
+    if marks.explicit:
+        raise ExportError(
+            "expected inputs of whole rows, found boundaries of a packed row "
+            f"({', '.join(marks.names)}): leave seq_idx and cu_seq_lens out, and pass packed=True"
+        )
+    made = Program(program, given, inputs_of(program), outputs_of(program), report)
+    name_dims(made, names, asked is not None)
+    return made
+
+
+def exported(model: nn.Module, example: dict[str, Any], names: Dims) -> ExportedProgram:
+    """The model as torch.export sees it, strictly, with these dims open. Raises ExportError."""
     shapes = {name: _spec(value, names.get(name, {})) for name, value in example.items()}
     known.install()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # attributes that libraries write to while they run
-            program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=True)
+            return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=True)
     except Exception as error:  # torch's own classes, many
         text = str(error).strip().split("\n\n")[0]
         raise ExportError(
             f"torch.export cannot capture this model: {type(error).__name__}: {text}"
         ) from error
-    report = GraphReport("export", "onnx")
-    _rewrite(program, report)
-    made = Program(program, given, _inputs(program), _outputs(program), report)
-    _name_dims(made, names, asked is not None)
-    return made
 
 
-def _named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by name, library caches turned off."""
+def named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments by name, library caches turned off. Raises ExportError."""
     signature = inspect.signature(model.forward)
     try:
         given = dict(signature.bind_partial(*args).arguments) | dict(kwargs)
@@ -158,36 +167,38 @@ def _spec(value: Any, dims: Mapping[int, str]) -> Any:
     return dict.fromkeys(dims, Dim.AUTO)
 
 
-def _rewrite(program: ExportedProgram, report: GraphReport) -> None:
-    """The passes of torch.compile up to raising, in place."""
+def rewrite(program: ExportedProgram, report: GraphReport) -> Marks:
+    """The passes of torch.compile up to raising, in place; answers what tells boundaries.
+
+    Raises ExportError.
+    """
     graph = program.graph_module
     report.nodes_before = len(graph.graph.nodes)
     for node, spec in zip(
         graph.graph.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True
     ):
         node.meta["effpass_parameter"] = spec.kind is InputKind.PARAMETER
-    _refuse_rows(graph)
+    marks = _marks(program)
     report.applied += clean(graph)
     raising = raise_ops(graph, proving=False)
     report.raised, report.misses = raising.raised, raising.misses
     report.applied += clean(graph)
     resign(program)
     report.nodes_after = len(graph.graph.nodes)
+    return marks
 
 
-def _refuse_rows(graph: GraphModule) -> None:
-    """Raises ExportError for boundaries of a packed row; positions alone are ordinary inputs."""
-    names = [str(node.target) for node in graph.graph.find_nodes(op="placeholder")]
+def _marks(program: ExportedProgram) -> Marks:
+    """Which inputs of the user tell boundaries; buffers of that name do not."""
+    graph, specs = program.graph_module, program.graph_signature.input_specs
+    names = [
+        str(node.target) if spec.kind is InputKind.USER_INPUT else ""
+        for node, spec in zip(graph.graph.find_nodes(op="placeholder"), specs, strict=True)
+    ]
     try:
-        marks = take(graph, names)
+        return take(graph, names)
     except RowError as error:
         raise ExportError(str(error)) from error
-    if marks.explicit:
-        raise ExportError(
-            "expected inputs of whole rows, found boundaries of a packed row "
-            f"({', '.join(marks.names)}): packed rows are not exported yet; leave seq_idx and "
-            "cu_seq_lens out"
-        )
 
 
 def resign(program: ExportedProgram) -> None:
@@ -198,7 +209,8 @@ def resign(program: ExportedProgram) -> None:
             spec.arg.name = node.name
 
 
-def _inputs(program: ExportedProgram) -> list[str]:
+def inputs_of(program: ExportedProgram) -> list[str]:
+    """Names of the inputs that are tensors."""
     specs = program.graph_signature.input_specs
     return [
         s.arg.name
@@ -207,7 +219,7 @@ def _inputs(program: ExportedProgram) -> list[str]:
     ]
 
 
-def _outputs(program: ExportedProgram) -> list[str]:
+def outputs_of(program: ExportedProgram) -> list[str]:
     """Names of the outputs that are tensors, as the model's own output calls them."""
     leaves: Any = program.graph_module.graph.output_node().args[0]
     spec: Any = program.call_spec.out_spec
@@ -222,7 +234,7 @@ def _path(path: tuple[Any, ...]) -> str:
     return name if name.isidentifier() else f"output_{name}" if name else ""
 
 
-def _name_dims(made: Program, names: Dims, strict: bool) -> None:
+def name_dims(made: Program, names: Dims, strict: bool) -> None:
     """Names symbols of sizes; a size that is fixed is an error if asked for, else a record."""
     placeholders = {n.name: n for n in made.program.graph.find_nodes(op="placeholder")}
     for name, dims in names.items():

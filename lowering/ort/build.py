@@ -26,7 +26,7 @@ def ints(*numbers: int) -> Value:
 
 def size(x: Value, dim: int) -> Value:
     """The size of one dim as an int64 vector of length 1."""
-    return op.Shape(x, start=dim, end=dim + 1)
+    return op.Shape(x, start=dim, end=dim + 1 if dim != -1 else END)
 
 
 def shape(*sizes: Value | int) -> Value:

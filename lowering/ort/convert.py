@@ -17,6 +17,7 @@ from onnxscript.rewriter.rules.fusion._rms_normalization import fuse_rms_normali
 from torch.export import ExportedProgram
 from torch.onnx import OnnxExporterError
 
+from effpass.lowering.ort.forms import fuse_all
 from effpass.lowering.ort.table import table
 
 OPSET = 23
@@ -52,17 +53,17 @@ def convert(program: ExportedProgram, portable: bool = False, optimize: bool = T
             )
             assert made is not None and made.exported_program is not None
             if optimize:
-                _optimize(made.model)
+                lacks += _optimize(made.model, portable)
     except OnnxExporterError as error:
         raise Untranslatable(_reason(error)) from error
     return Converted(made.model, made.exported_program, tuple(lacks))
 
 
-def _optimize(model: ir.Model) -> None:
-    """Folds constants and fuses norms. The exporter's own list also fuses rotary embeddings, into
-    an operator that wants a table of angles for every row of the batch."""
+def _optimize(model: ir.Model, portable: bool) -> list[str]:
+    """Folds constants, fuses norms, writes the chosen forms; answers what the runtime lacks."""
     optimizer.optimize_ir(model)
     fuse_rms_normalization(model)
+    return fuse_all(model, portable)
 
 
 def _reason(error: BaseException) -> str:
@@ -124,4 +125,6 @@ def _dim(size: Any, dims: dict[str, str]) -> Any:
     text = getattr(size, "value", size)
     if not isinstance(text, str):
         return size
+    if text.isdigit():  # fixed by the model's own code, as the exporter writes it
+        return int(text)
     return _SYMBOL.sub(lambda match: dims.get(match[0], match[0]), text)

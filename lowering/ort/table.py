@@ -8,9 +8,11 @@ from typing import Any
 
 from effpass.lowering.ort import (
     causal_conv1d,
+    closest,
     grouped_mm,
     linear_recurrence,
     selective_scan,
+    sort,
     ssd_scan,
     varlen_attention,
 )
@@ -44,7 +46,13 @@ def table(portable: bool = False) -> tuple[dict[Any, Callable[..., Any]], list[s
             lacks.append(f"{reason}; {name} is written with ai.onnx")
         made[name] = functools.partial(translate, portable=portable or reason is not None)
     translations = {OPS[name].overload: _translation(name, made[name]) for name in made}
-    return translations | dict.fromkeys(grouped_mm.overloads(), grouped_mm.grouped_mm), lacks
+    for overloads, translate in (
+        (grouped_mm.overloads(), grouped_mm.grouped_mm),
+        (closest.overloads(), closest.closest),
+        (sort.overloads(), sort.sort),
+    ):
+        translations |= dict.fromkeys(overloads, translate)
+    return translations, lacks
 
 
 def _translation(name: str, translate: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """``export_onnx`` and ``OnnxModel``: what they take, write and refuse."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import effpass
 from effpass.export import check, files
 from effpass.lowering.ort import operators, table
+from effpass.lowering.ort.session import SessionError
 from tests.tiny import Stack
 from tests.tolerances import close
 
@@ -106,7 +108,7 @@ def test_refused_models(tmp_path: Path) -> None:
     for model, text, more in (
         (Stack(), "call model.eval", {}),
         (Sorted().eval(), "no ONNX translation of the operator .*modified_bessel_i0", {}),
-        (stack(), "rewritten layout has no ONNX form yet", {"options": {"pack_varlen": True}}),
+        (stack(), "packed=True exports a file", {"options": {"pack_varlen": True}}),
         (stack(), "expected names of tensors", {"dynamic": {"y": {0: "batch"}}}),
         (stack(), "expected dims of x from 0 to 2", {"dynamic": {"x": {3: "batch"}}}),
         (stack(), "is fixed at 8", {"dynamic": {"x": {2: "channels"}}}),
@@ -117,11 +119,53 @@ def test_refused_models(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+class OfTwo(nn.Module):
+    """A model whose code fixes its batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor([[[1.0]], [[2.0]]])
+
+
+def test_a_dim_that_the_model_fixes_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    made = effpass.export_onnx(OfTwo().eval(), (torch.randn(2, 5, 8),), path=path)
+    assert any("(batch) of x is fixed at 2" in note for note in made.notes)
+    with pytest.raises(ValueError, match=r"expected input x of shape \[2, 'length', 8\]"):
+        effpass.OnnxModel(path)(torch.randn(3, 5, 8))
+
+
 def test_unwritable_paths(tmp_path: Path) -> None:
-    for path, text in ((tmp_path, "found the directory"), (tmp_path / "no" / "m", "cannot write")):
+    (tmp_path / "file").write_text("no directory")
+    for path, text in (
+        (tmp_path, "found the directory"),
+        (tmp_path / "no" / "m", "cannot write"),
+        (tmp_path / "file" / "m", "cannot write"),
+    ):
         with pytest.raises(effpass.ExportError, match=text):
             export(stack(), path)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["one file", "external data"])
+def test_a_full_disk_leaves_what_was_there(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if external:
+        monkeypatch.setattr(files, "EXTERNAL_BYTES", 4096)
+    model, path = Head().eval(), tmp_path / "m.onnx"
+    export(model, path, verify=False)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    save = files.ir.save
+
+    def full(model: Any, target: Path) -> None:
+        save(model, target)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.ir, "save", full)
+    nn.init.normal_(model.proj.weight)
+    with pytest.raises(effpass.ExportError, match="No space left on device"):
+        export(model, path, verify=False)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def test_a_failed_export_leaves_what_was_there(
@@ -172,6 +216,12 @@ def test_large_weights_lie_beside_the_model(
 def test_files_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(files.FileError, match="there is no model at"):
         effpass.OnnxModel(tmp_path / "none.onnx")
+    export(stack(), tmp_path / "whole.onnx", verify=False)
+    content = (tmp_path / "whole.onnx").read_bytes()
+    for length in (len(content) // 2, len(content) - 1, 0):
+        (tmp_path / "cut.onnx").write_bytes(content[:length])
+        with pytest.raises((files.FileError, SessionError)):
+            effpass.OnnxModel(tmp_path / "cut.onnx")
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(files.FileError, match="is not an ONNX model"):
         effpass.OnnxModel(tmp_path / "text.onnx")

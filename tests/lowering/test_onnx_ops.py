@@ -74,6 +74,17 @@ def test_sequences_are_apart() -> None:
         close(spoilt[1][2:], clean[1][2:], "kernel_fp32")
 
 
+@pytest.mark.parametrize("sample", [*ATTENTIONS, *CAPPED], ids=str)
+def test_attention_in_the_reference_evaluator(sample: Any) -> None:
+    arguments = list(sample.given().values())
+    model = ir.to_proto(model_of("varlen_attention", arguments, portable=True))
+    assert {node.domain for node in model.graph.node} == {""}
+    given = {n: numpy_of(v) for n, v in inputs_of("varlen_attention", arguments).items()}
+    (found,) = ReferenceEvaluator(model).run(None, given)
+    expected = outputs("varlen_attention", arguments)[0]
+    close(torch.from_numpy(np.ascontiguousarray(found)), expected, "attention_fp32")
+
+
 @pytest.mark.parametrize("sample", [s for s in RUN if s.name in EVALUATED], ids=str)
 def test_reference_evaluator(sample: Sample) -> None:
     """The portable form needs nothing of ONNX Runtime."""
