@@ -8,16 +8,17 @@ from typing import Any
 
 from effpass.lowering.ort import (
     causal_conv1d,
-    closest,
     grouped_mm,
     linear_recurrence,
     selective_scan,
     sort,
     ssd_scan,
+    token_matching,
     varlen_attention,
 )
 from effpass.lowering.ort.operators import missing
 from effpass.ops import OPS
+from effpass.ops.token_matching import token_matching as matching
 
 
 def table(portable: bool = False) -> tuple[dict[Any, Callable[..., Any]], list[str]]:
@@ -48,7 +49,7 @@ def table(portable: bool = False) -> tuple[dict[Any, Callable[..., Any]], list[s
     translations = {OPS[name].overload: _translation(name, made[name]) for name in made}
     for overloads, translate in (
         (grouped_mm.overloads(), grouped_mm.grouped_mm),
-        (closest.overloads(), closest.closest),
+        ([matching.overload], token_matching.token_matching),
         (sort.overloads(), sort.sort),
     ):
         translations |= dict.fromkeys(overloads, translate)

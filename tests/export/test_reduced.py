@@ -181,12 +181,12 @@ def test_reasons_of_a_decline_are_told(tmp_path: Path) -> None:
 def test_a_wrong_translation_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from effpass.lowering.ort import table
 
-    right = table.closest.closest
+    right = table.token_matching.token_matching
 
     def wrong(a: Any, b: Any, open: Any, a_at: Any, b_at: Any, later: bool) -> Any:
         return right(b, b, open, b_at, b_at, later)
 
-    monkeypatch.setattr(table.closest, "closest", wrong)
+    monkeypatch.setattr(table.token_matching, "token_matching", wrong)
     with pytest.raises(effpass.ExportError, match=r"beside torch's reduced form|fails|Error"):
         effpass.export_onnx(
             Stack(layers=2).eval(),

@@ -14,8 +14,8 @@ from onnxscript import opset20 as op
 from torch import Tensor
 from torch.onnx._internal.exporter._building import OpRecorder
 
-from effpass.lowering.ort.closest import closest
 from effpass.lowering.ort.sort import sort
+from effpass.lowering.ort.token_matching import token_matching
 from effpass.passes.reduction.closest import closest as definition
 from tests.tolerances import close
 
@@ -61,7 +61,7 @@ def test_closest(sources: int, targets: int, later: bool) -> None:
     open = torch.rand(2, targets) < 0.7
     given = (a, b, open, a_at, b_at, later)
     index, similar = definition(*given)
-    found = both(closest, *given) if sources else [both(closest, *given)[0]]
+    found = both(token_matching, *given) if sources else [both(token_matching, *given)[0]]
     for indices, similarities in found:
         assert torch.equal(indices, index)
         close(similarities, similar, "kernel_fp32")

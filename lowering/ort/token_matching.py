@@ -1,14 +1,11 @@
-"""``effpass_tokens::closest`` in ONNX: the most similar destination of every source token.
+"""``token_matching`` in ONNX: the most similar destination of every source token.
 
 The table of all similarities is made at once, where the op itself goes tile by tile.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
-import torch
 
 from effpass.lowering.ort.build import (
     Value,
@@ -25,7 +22,7 @@ from effpass.lowering.ort.build import (
 SMALLEST = 1e-12  # a norm below this is taken for this: a vector of zeros is similar to nothing
 
 
-def closest(
+def token_matching(
     a: Value, b: Value, open: Value, a_at: Value, b_at: Value, later: bool
 ) -> tuple[Value, Value]:
     """Indices (b, s) and similarities (b, s) of the best of ``b`` (b, t, d) for ``a`` (b, s, d)."""
@@ -33,7 +30,7 @@ def closest(
     a, a_at = _one_more(a, a.dtype, 0.0), _one_more(a_at, ir.DataType.INT64, 0)
     targets = op.Transpose(_unit(cast(b, acc), acc), perm=[0, 2, 1])
     similar = op.MatMul(_unit(cast(a, acc), acc), targets)
-    closed = op.Not(op.Unsqueeze(open, ints(1)))
+    closed = op.Or(op.Not(op.Unsqueeze(open, ints(1))), op.IsNaN(similar))
     if later:
         behind = op.LessOrEqual(op.Unsqueeze(b_at, ints(1)), op.Unsqueeze(a_at, ints(2)))
         closed = op.Or(closed, behind)
@@ -53,9 +50,3 @@ def _one_more(x: Value, dtype: ir.DataType, number: float) -> Value:
 def _unit(x: Value, acc: ir.DataType) -> Value:
     norm = op.ReduceL2(x, ints(-1), keepdims=1)
     return op.Div(x, op.Max(norm, cast(op.Constant(value_float=SMALLEST), acc)))
-
-
-def overloads() -> list[Any]:
-    """The operator that this translates, where it is loaded."""
-    found = getattr(torch.ops.effpass_tokens, "closest", None)
-    return [] if found is None else [found.default]
