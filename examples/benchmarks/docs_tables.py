@@ -8,6 +8,7 @@ A page says ``<!-- measured: NAME -->`` where the table NAME begins, and ``<!-- 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -52,6 +53,78 @@ def training(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{way['us_per_token']:.0f} us",
                 "" if ours else f"**{way['packed_is_faster']:.2f}x**",
             )
+
+
+ONNX = {
+    "mamba2": "Mamba-2, 4 layers, 512 tokens",
+    "mamba1": "Mamba-1, 4 layers, 512 tokens",
+    "mamba1_deep": "Mamba-1, 24 layers, 512 tokens",
+    "mamba1_decoding": "Mamba-1, one token with states",
+    "mamba2_decoding": "Mamba-2, one token with states",
+    "llama": "Llama of 130M shape, 512 tokens",
+    "mamba2_reduced": "Mamba-2, 8 layers, tokens reduced",
+    "minilm": "MiniLM, 32 sentences",
+}
+BASES = ("eager", "whole")  # what others are compared with
+
+
+def onnx(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of ``onnx.json``: milliseconds, and how much faster than the first arm."""
+    yield ("", "what runs", "time", "faster")
+    for name, title in ONNX.items():
+        seconds = {arm: each["median"] for arm, each in result[name]["seconds"].items()}
+        base = next(arm for arm in BASES if arm in seconds)
+        for i, arm in enumerate(sorted(seconds, key=lambda arm: (arm != base, arm))):
+            faster = "" if arm == base else f"{seconds[base] / seconds[arm]:.2f}x"
+            yield (title if not i else "", arm, f"{seconds[arm] * 1000:.1f} ms", faster)
+
+
+def operators(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of ``onnx.json``: one op at the shapes of a 130M model."""
+    yield ("op", "the runtime's own operator", "`portable=True`", "torch, eager")
+    for row in result["operators"]:
+        each = (f"{row['seconds'][arm]['median'] * 1000:.1f} ms" for arm in OPERATORS)
+        yield (f"`{row['op']}`", *each)
+
+
+OPERATORS = ("contrib", "portable", "eager")
+
+
+def reduction(part: str, measures: tuple[str, ...]) -> Callable[[dict[str, Any]], Rows]:
+    """Rows of one part of ``token_reduction.json``; several models as mean and deviation."""
+
+    def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+        yield ("", "method", "asked", "saved", *(MEASURES[name] for name in measures))
+        groups: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+        for row in result[part]:
+            label = row.get("kind", row.get("model", ""))
+            groups.setdefault((label, row["method"], row["ratio"]), []).append(row)
+        last = ""
+        for (label, method, ratio), found in groups.items():
+            yield (
+                *("" if label == last else NAMES.get(label, label), method, f"{ratio:.0%}"),
+                *(_spread([row[name] for row in found]) for name in ("saved", *measures)),
+            )
+            last = label
+
+    return rows
+
+
+MEASURES = {
+    "accuracy": "right answers",
+    "bits_per_byte": "bits a byte",
+    "last_word": "last word right",
+    "median_s": "seconds",
+    "of_dense": "of dense",
+    "cosine": "cosine",
+    "ranks": "rank correlation",
+    "kept": "tokens kept",
+}
+
+
+def _spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Rows]]] = {
