@@ -90,7 +90,7 @@ def compile_graph(
         run = _packed(graph, inputs, config, report) or _in_runtime(graph, inputs, config, report)
         return run or _lowered(graph, before, inputs, config, report, stages)
 
-    forms = _forms(config, report, whole=True)
+    forms = _forms(config, report, whole=True, padded=marks.padded or not marks.names)
     rows = packed_rows.find_rows(graph, marks, forms, finish)
     if rows is not None and rows.what is not None:
         report.applied.append(rows.what)
@@ -200,11 +200,12 @@ def _agree(
 
 
 def _forms(
-    config: Config, report: GraphReport, whole: bool = False
+    config: Config, report: GraphReport, whole: bool = False, padded: bool = True
 ) -> Callable[[str], Callable[..., Any]]:
     """Compiles forms of one graph when they first run; the report tells ops of the packed one.
 
-    ``whole``: they hold all tokens, so that ReduceTokens may still take some.
+    ``whole``: they hold all tokens, so that ReduceTokens may still take some. ``padded``: a padding
+    mask may be among the inputs.
     """
     chosen: dict[str, list[Chosen]] = {}
 
@@ -212,7 +213,7 @@ def _forms(
         def finish(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
             made = capture(gm, given)
             clean(made)
-            fewer = _reduced(made, given, form, config, report) if whole else None
+            fewer = _reduced(made, given, form, config, report, padded) if whole else None
             if fewer is not None:
                 return fewer
             chosen[form] = lower(made, config.targets)
@@ -226,13 +227,18 @@ def _forms(
 
 
 def _reduced(
-    gm: GraphModule, given: Sequence[Any], form: str, config: Config, report: GraphReport
+    gm: GraphModule,
+    given: Sequence[Any],
+    form: str,
+    config: Config,
+    report: GraphReport,
+    padded: bool,
 ) -> Callable[..., Any] | None:
     """A form of a graph with fewer tokens, where that was asked for and can be."""
     for each in config.passes:
         if not isinstance(each, ReduceTokens):
             continue
-        found = each.apply(gm, _forms(config, report), given, form, report.forms)
+        found = each.apply(gm, _forms(config, report), given, form, report.forms, padded)
         if isinstance(found, Declined):
             report.declined.append(replace(found, reason=f"its {form} form: {found.reason}"))
         elif found is not None:

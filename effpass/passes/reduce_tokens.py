@@ -162,17 +162,20 @@ class ReduceTokens:
         inputs: Sequence[Any] = (),
         within: str = "",
         counts: dict[str, int] | None = None,
+        padded: bool = True,
     ) -> Forms | Declined | None:
         """The reduced form of a graph, or the reason why there is none; None for a ratio of 0.
 
         ``compile`` of the name of a form makes a callable of its graph, when it is first run.
         ``inputs``: those that it is compiled for. ``within``: the name of the form that ``gm``
         itself is, whose calls ``counts`` counts; calls of its reduced form are counted there, too.
+        ``padded``: whether a padding mask may be among the inputs.
         """
         if self.ratio == 0 or self.keep == 1:
             return None
         try:
-            return self._apply(gm, compile, inputs, within, {} if counts is None else counts)
+            counts = {} if counts is None else counts
+            return self._apply(gm, compile, inputs, within, counts, padded)
         except Irreducible as reason:
             code = f"{self.name}:{reason.code}"
             return Declined(code, reason.where, reason.text(), reason.hint)
@@ -184,6 +187,7 @@ class ReduceTokens:
         inputs: Sequence[Any],
         within: str,
         counts: dict[str, int],
+        padded: bool,
     ) -> Forms:
         _refuse(gm)
         found = stream(gm)
@@ -194,7 +198,7 @@ class ReduceTokens:
             raise Irreducible("length", None, "no input tells how many tokens there are")
         inside = content(gm, found, blocks)
         costs = cost(gm, found, blocks, inside)
-        mask = None if found.offsets else padding_mask(gm, found, inside)
+        mask = None if found.offsets else padding_mask(gm, found, inside, padded)
         causal = any(map(_ordered, (b.mixer for b in blocks)))
         settings = Settings(self._rule(), anchors, self._score(causal), self.alignment)
         reducer = Reducer(gm, found, blocks, settings, inside, mask)

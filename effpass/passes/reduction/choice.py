@@ -119,7 +119,8 @@ def _edges(
     index, similar = closest(metric[rows, a_at], metric[rows, b_at], open, a_at, b_at, rule.causal)
     similar = torch.where(at(kinds, a_at) == PADDING, torch.inf, similar)
     best = similar.argsort(dim=1, descending=True, stable=True)[:, :leaving]
-    return at(a_at, best), at(at(b_at, index), best), at(similar, best)
+    into = torch.cat([b_at, order[:, :1]], 1)  # where there is no destination, something to read
+    return at(a_at, best), at(at(into, index), best), at(similar, best)
 
 
 def _order(rule: Rule, score: Tensor | None, kinds: Tensor) -> Tensor:

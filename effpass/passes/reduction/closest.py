@@ -53,7 +53,7 @@ def closest_within(
     for start, end in pairwise(offsets.tolist()):
         free = max(0, end - start - protected)
         middle = start + (free - free // 2 if alternate else free // 2)
-        if middle == start:
+        if middle in (start, end):
             continue
         a_at, b_at = order[:, start:middle].sort(1).values, order[:, middle:end].sort(1).values
         args = (metric[:, a_at[0]], metric[:, b_at[0]], open[:, b_at[0]], a_at, b_at, later)

@@ -19,12 +19,15 @@ SPELLED = (
 LOOKED_UP = ("embedding", "cos", "sin", "cross_entropy_loss", "nll_loss", "nll_loss_nd")
 
 
-def padding_mask(gm: GraphModule, stream: Stream, content: set[Node]) -> Node | None:
+def padding_mask(
+    gm: GraphModule, stream: Stream, content: set[Node], padded: bool = True
+) -> Node | None:
     """The input (b, t) that is not zero at real tokens; None where there is none.
 
     An attention mask must come out as "real keys, perhaps within a window" on sample paddings, or
     the input must multiply the stream itself. Raises Irreducible for an input that masks attention
-    in another way: padding could not be told from tokens.
+    in another way: padding could not be told from tokens. Not without ``padded``: then there is
+    none, and it is positions that tell sequences apart.
     """
     stopped: Irreducible | None = None
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -44,7 +47,7 @@ def padding_mask(gm: GraphModule, stream: Stream, content: set[Node]) -> Node | 
             continue
         if _closes(node, content):
             return node
-    if stopped is not None:
+    if stopped is not None and padded:
         raise stopped
     return None
 

@@ -157,6 +157,7 @@ def compiled(gm: GraphModule, compile: Compile) -> Run:
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
     read from a tensor, where one has them: an integer would be a constant at first.
     """
+    assert gm.code  # a lazy module writes its code now: Dynamo would not look into it
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     symbolic = {
         i: [d for d, size in enumerate(v.shape) if isinstance(size, SymInt)]
