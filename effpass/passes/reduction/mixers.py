@@ -25,7 +25,19 @@ from effpass.passes.reduction.stream import (
 if TYPE_CHECKING:
     from effpass.passes.reduction.rewrite import Reducer
 
-MOVES = (*KEEPS, *PERMUTES, *RESHAPES, *EXPANDS, "to", "_to_copy", "cat", "slice", "index_copy")
+MOVES = (
+    *KEEPS,
+    *PERMUTES,
+    *RESHAPES,
+    *EXPANDS,
+    "to",
+    "_to_copy",
+    "cat",
+    "slice",
+    "index_copy",
+    "copy",
+)
+PADS = ("constant_pad_nd", "pad")
 ALIGNMENTS = ("hold", "repeat", "bias_gap")
 Cached = Callable[["Reducer", int], Node]
 
@@ -120,22 +132,33 @@ def scan(reducer: Reducer, node: Node, stage: int, gate: bool = True) -> Node:
 
 def keys_and_values(gm: GraphModule) -> set[Node]:
     """Values that are an attention's keys or values, perhaps moved: what a cache holds."""
+    given = [arguments(node) for node in gm.graph.nodes if attends(node)]
+    return _moved(
+        [each[n] for each in given for n in ("key", "value", "k", "v") if n in each], MOVES
+    )
+
+
+def convolved(gm: GraphModule) -> set[Node]:
+    """Values that a convolution reads, perhaps moved and cut: what it keeps for a next call."""
+    convolutions = [n for n in gm.graph.nodes if effpass_op(n) == "causal_conv1d"]
+    return _moved([arguments(n)["x"] for n in convolutions], (*MOVES, *PADS))
+
+
+def _moved(values: list[Node], moves: tuple[str, ...]) -> set[Node]:
+    """Values, what they are moved from, and whither."""
     found: set[Node] = set()
-    for node in gm.graph.nodes:
-        if attends(node):
-            given = arguments(node)
-            pending = [given[n] for n in ("key", "value", "k", "v") if n in given]
-            while pending:
-                source = pending.pop()
-                if source not in found:
-                    found.add(source)
-                    pending += source.all_input_nodes if opname(source) in MOVES else []
-    users = [u for n in found for u in n.users if opname(u) in MOVES]
+    pending = list(values)
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending += source.all_input_nodes if opname(source) in moves else []
+    users = [u for n in found for u in n.users if opname(u) in moves]
     while users:
         user = users.pop()
         if user not in found:
             found.add(user)
-            users += [u for u in user.users if opname(u) in MOVES]
+            users += [u for u in user.users if opname(u) in moves]
     return found
 
 
@@ -151,7 +174,7 @@ def cached_inputs(gm: GraphModule) -> dict[Node, Cached]:
     found: dict[Node, Cached] = {}
     for node in gm.graph.nodes:
         source = node.args[0] if node.args else None
-        if opname(node) in ("slice", "constant_pad_nd", "pad") and is_tensor(source):
+        if opname(node) in ("slice", *PADS) and is_tensor(source):
             if source in inputs and (dim := _tail(node, source)) is not None:
                 found[node] = _Tail(node, source, dim, int(values(node)[0].shape[dim]))
     return found

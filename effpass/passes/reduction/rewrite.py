@@ -26,7 +26,14 @@ from effpass.graph.writes import writes
 from effpass.passes.reduction import steps
 from effpass.passes.reduction.anchors import Anchor, Settings
 from effpass.passes.reduction.blocks import Block, ancestors
-from effpass.passes.reduction.mixers import attention, cached_inputs, keys_and_values, scan, varlen
+from effpass.passes.reduction.mixers import (
+    attention,
+    cached_inputs,
+    convolved,
+    keys_and_values,
+    scan,
+    varlen,
+)
 from effpass.passes.reduction.sizes import resized
 from effpass.passes.reduction.stream import (
     ATTENTION,
@@ -84,7 +91,7 @@ class Reducer:
         self._stage: dict[Node, int] = {}
         self._brought: dict[tuple[Any, ...], Node] = {}
         self._needed = self._inside_stack(blocks)
-        self._caches = keys_and_values(gm)
+        self._caches, self._convolved = keys_and_values(gm), convolved(gm)
         self.cached = cached_inputs(gm)
 
     def _inside_stack(self, blocks: list[Block]) -> set[Node]:
@@ -114,16 +121,40 @@ class Reducer:
                     reason.chain = self._chain(node)
                     raise
         output = self.gm.graph.output_node()
-        for leaf in pytree.tree_leaves(output.args[0]):
-            if isinstance(leaf, Node) and self.stage(leaf) and leaf in self._caches:
-                reason = "keys or values of a cache would have fewer tokens than it counts"
-                raise Irreducible("kv_cache", leaf, reason, CACHE_HINT)
+        self._check_caches(output)
         self.graph.output(map_arg(output.args[0], self.restored))
         made = GraphModule(self.gm, self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         made.recompile()
         return made
+
+    def _check_caches(self, output: Node) -> None:
+        """Raises Irreducible where what is kept for a next call would be another than its tokens'.
+
+        Packed tokens that were put back in their rows are all there, some twice.
+        """
+        kept = [n for n in pytree.tree_leaves(output.args[0]) if isinstance(n, Node)]
+        kept += [n for node in self.gm.graph.nodes if writes(node) for n in node.all_input_nodes]
+        for node in kept:
+            if node in self._caches and self._reduced(node, self._caches):
+                reason = "keys or values of a cache would have fewer tokens than it counts"
+                raise Irreducible("kv_cache", node, reason, CACHE_HINT)
+            if self.offsets and node in self._convolved and self._reduced(node, self._convolved):
+                reason = "a convolution keeps its last inputs of rows that were put back"
+                raise Irreducible("cache", node, reason, "use_cache=False, or rows without padding")
+
+    def _reduced(self, node: Node, among: set[Node]) -> bool:
+        """Whether some of the tokens that a value is moved from have left."""
+        pending, seen = [node], set[Node]()
+        while pending:
+            each = pending.pop()
+            if self.stage(each):
+                return True
+            found = among.intersection(each.all_input_nodes) - seen
+            seen |= found
+            pending += found
+        return False
 
     def _chain(self, node: Node) -> list[Node]:
         """The nodes along which fewer tokens reach a node, from the anchor on."""
