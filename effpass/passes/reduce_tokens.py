@@ -17,8 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import opname
-from effpass.axes.relation import arguments, draws, is_tensor, values
-from effpass.graph.region import ancestors
+from effpass.axes.relation import arguments, draws, values
 from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.reduction.anchors import Settings
@@ -26,7 +25,7 @@ from effpass.passes.reduction.blocks import Block, content, find_blocks
 from effpass.passes.reduction.choice import METHODS, Rule
 from effpass.passes.reduction.flops import Cost, cost
 from effpass.passes.reduction.mixers import ALIGNMENTS
-from effpass.passes.reduction.padding import padding_mask
+from effpass.passes.reduction.padding import ordered, padding_mask
 from effpass.passes.reduction.rewrite import Reducer
 from effpass.passes.reduction.run import (
     Compile,
@@ -51,7 +50,6 @@ from effpass.passes.reduction.token_map import token_map
 from effpass.report import Applied, Declined
 from effpass.token_report import Reduction
 
-ORDERS = frozenset(("tril", "triu", "le", "lt", "ge", "gt"))  # what causal masks are made with
 MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode")
 LOOK_AHEAD = (
     "which tokens leave, and merges, look ahead: only the rows of the protected tail are valid "
@@ -199,7 +197,7 @@ class ReduceTokens:
         inside = content(gm, found, blocks)
         costs = cost(gm, found, blocks, inside)
         mask = None if found.offsets else padding_mask(gm, found, inside, padded)
-        causal = any(map(_ordered, (b.mixer for b in blocks)))
+        causal = any(_ordered(b.mixer, found, mask) for b in blocks)
         settings = Settings(self._rule(), anchors, self._score(causal), self.alignment)
         reducer = Reducer(gm, found, blocks, settings, inside, mask)
         reduced = reducer.build()
@@ -305,15 +303,11 @@ def _refuse(gm: GraphModule) -> None:
             raise Irreducible("mode", node, "autocast or a gradient mode changes inside the graph")
 
 
-def _ordered(mixer: Node) -> bool:
+def _ordered(mixer: Node, found: Stream, padding: Node | None) -> bool:
     """Whether a mixer's later tokens do not reach earlier ones."""
-    given = arguments(mixer)
     if effpass_op(mixer) == VARLEN:
-        return bool(given["causal"])
-    if opname(mixer) != ATTENTION:
-        return bool(effpass_op(mixer))
-    mask = [given["attn_mask"]] if is_tensor(given["attn_mask"]) else []
-    return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in ancestors(mask))
+        return bool(arguments(mixer)["causal"])
+    return ordered(mixer, found, padding) if opname(mixer) == ATTENTION else True
 
 
 def _record(
