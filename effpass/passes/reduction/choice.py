@@ -5,8 +5,9 @@ may leave, ``n // 2`` at most do, whatever the method, so that all reduce alike.
 
 - ``utrc``: the ``n // 2`` lowest scores are sources, the others destinations; edges sorted by
   cosine similarity; on the mixer branch the share ``q`` with the lowest scores is only pruned.
-- ``tome`` (arXiv 2210.09461) and ``pumer`` (arXiv 2305.17530): every second token is a source,
-  merged into its most similar neighbour set; scores do not matter.
+- ``tome`` (arXiv 2210.09461): every second token is a source, merged into the most similar of the
+  others; scores do not matter. ``pumer`` (arXiv 2305.17530, modality-aware merging) matches alike,
+  inside one modality, which is all there is here; only its mean is not weighted.
 - ``evit`` (arXiv 2202.07800): the lowest scores leave; ``random``: any; ``prefix``: every second
   token from the front. Nothing is merged.
 """
