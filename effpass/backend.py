@@ -94,6 +94,7 @@ def compile_graph(
     rows = packed_rows.find_rows(graph, marks, forms, finish)
     if rows is not None and rows.what is not None:
         report.applied.append(rows.what)
+        report.declined += _unpacked(config)
         report.forms = rows.counts
         _without_runtime(config, report)
         if config.verify:
@@ -278,6 +279,13 @@ def _packed(
             report.reductions.append(found.reduction)
         return found.run
     return None
+
+
+def _unpacked(config: Config) -> list[Declined]:
+    """What has nothing to do where sequences lie end to end already."""
+    reason = "its row is packed already: the inputs tell where sequences begin"
+    names = [p.name for p in config.passes if not isinstance(p, ReduceTokens)]
+    return [Declined(f"{name}:packed_rows", "", reason) for name in names]
 
 
 def _without_runtime(config: Config, report: GraphReport) -> None:

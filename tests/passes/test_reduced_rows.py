@@ -17,7 +17,11 @@ from tests.passes import small
 from tests.tolerances import close
 
 LENGTHS = [9, 1, 13, 4]
-SHORT = "ignore:.*only the rows of the protected tail"
+ONCE = "ignore:.*only the rows of the protected tail"
+
+
+def slow(value: Any) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def compiled(model: nn.Module, pack: bool = True, **fields: Any) -> Any:
@@ -77,7 +81,7 @@ def agree(model: nn.Module, *sides: str, **fields: Any) -> None:
     assert last_graph(run).forms["packed_reduced"] == len(batches)
 
 
-@pytest.mark.parametrize("q", [0.0, 0.5])
+@pytest.mark.parametrize("q", [0.5, slow(0.0), slow(1.0)])
 def test_attention_is_as_computed_by_hand(q: float) -> None:
     """The NumPy oracle on every row alone; lengths and the number of rows change."""
     model = encoder(layers=2)
@@ -93,7 +97,9 @@ def test_attention_is_as_computed_by_hand(q: float) -> None:
     assert [g.forms["packed_reduced"] for g in effpass.report(run).graphs] == [1, 2]
 
 
-@pytest.mark.parametrize("method", ["utrc", "evit", "tome", "pumer", "random", "prefix"])
+@pytest.mark.parametrize(
+    "method", ["evit", *map(slow, ("utrc", "tome", "pumer", "random", "prefix"))]
+)
 def test_attention_is_as_alone(method: str) -> None:
     """Two anchors; evit by what the first token of each sequence attends to."""
     agree(encoder(), keep=0.6, layers=[0, 1], method=method)
@@ -103,15 +109,16 @@ def test_attention_is_as_alone(method: str) -> None:
     "fields",
     [
         {"ratio": 0.2},
-        {"method": "tome", "keep": 0.6},
-        {"keep": 0.6, "score": "dt_norm", "alignment": "repeat", "protect_last": 2},
-        {"keep": 0.5, "protect_first": 1, "q": 0.0},
+        slow({"method": "tome", "keep": 0.6}),
+        slow({"keep": 0.6, "score": "dt_norm", "alignment": "repeat", "protect_last": 2}),
+        slow({"keep": 0.5, "protect_first": 1, "q": 0.0}),
     ],
 )
 def test_scans_are_as_alone(fields: dict[str, Any]) -> None:
     agree(recurrent(), "right", "left", layers=[0], **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spell", [small.causal, small.banded, small.local_and_causal])
 def test_windows_count_in_first_positions(spell: small.Bias) -> None:
     agree(encoder(spell), keep=0.6, layers=[0], method="utrc")
@@ -119,8 +126,8 @@ def test_windows_count_in_first_positions(spell: small.Bias) -> None:
         agree(encoder(spell), keep=0.6, layers=[0, 1], method="evit")
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.filterwarnings(SHORT)
+@pytest.mark.parametrize("causal", [False, slow(True)])
+@pytest.mark.filterwarnings(ONCE)
 def test_gradients_are_as_alone(causal: bool) -> None:
     model = encoder(small.causal)
     fields: dict[str, Any] = {"keep": 0.6, "layers": [0, 1], "causal": causal}
@@ -137,7 +144,7 @@ def test_gradients_are_as_alone(causal: bool) -> None:
         close(mine, theirs, "raised_gradient_fp32")
 
 
-@pytest.mark.parametrize("make", [encoder, recurrent])
+@pytest.mark.parametrize("make", [encoder, slow(recurrent)])
 def test_a_sequence_never_reaches_another(make: Any) -> None:
     """Other tokens, and NaN, in one of them: the others keep their bits."""
     model = make()
