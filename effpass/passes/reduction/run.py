@@ -84,7 +84,7 @@ class EqualRows:
 
     def extra(self, found: Found, inputs: Sequence[Any]) -> list[Tensor]:
         """What a reduced graph reads besides ``inputs``."""
-        made = [torch.empty(n) for n in found[0][1:]]
+        made = carriers(found[0])
         for each in () if self.length.fixed else made:
             maybe_mark_dynamic(each, 0)
         return made
@@ -134,6 +134,18 @@ class Reduced:
     names: tuple[str, str] = ("plain", "reduced")
     warning: str | None = None
 
+    @property
+    def lengths(self) -> Callable[[int], tuple[int, ...]]:
+        """Of a number of tokens of one sequence: those in front of the first anchor, behind each."""
+        return self.sizes.lengths
+
+    @property
+    def length(self) -> Length:
+        """The number of tokens of a row. Raises TypeError where sequences lie end to end in it."""
+        if isinstance(self.sizes, PackedRow):
+            raise TypeError("expected rows of one sequence each, found a packed row: use sizes")
+        return self.sizes.length
+
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of the graph for these inputs."""
         found = self.sizes(inputs)
@@ -145,6 +157,11 @@ class Reduced:
             warnings.warn(self.warning, stacklevel=2)
             self.warning = None
         return self.reduced(*inputs, *self.sizes.extra(found, inputs))
+
+
+def carriers(lengths: Sequence[int]) -> list[Tensor]:
+    """A tensor of each length behind an anchor: the compiler sees its size as a symbol."""
+    return [torch.empty(n) for n in lengths[1:]]
 
 
 def _trained(inputs: Sequence[Any]) -> bool:
