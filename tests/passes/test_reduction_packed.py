@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from effpass.passes.reduction.choice import METHODS, Choice, Rule, choose, classes
-from effpass.passes.reduction.closest import closest_within
+from effpass.passes.reduction.closest_within import closest_within
 from effpass.passes.reduction.merge import gaps, merge, step
 from effpass.passes.reduction.packed import (
     Offsets,

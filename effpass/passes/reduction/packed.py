@@ -25,7 +25,7 @@ from effpass.passes.reduction.choice import (
     hashed,
     lexicographic,
 )
-from effpass.passes.reduction.closest import closest_within
+from effpass.passes.reduction.closest_within import closest_within
 
 
 @dataclass(frozen=True)

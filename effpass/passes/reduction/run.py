@@ -136,7 +136,7 @@ class Reduced:
 
     @property
     def lengths(self) -> Callable[[int], tuple[int, ...]]:
-        """Of a number of tokens of one sequence: those in front of the first anchor, behind each."""
+        """How many of so many tokens there are in front of the first anchor and behind each."""
         return self.sizes.lengths
 
     @property
