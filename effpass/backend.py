@@ -13,6 +13,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from effpass.ops import OPS
 from effpass.passes import packed_rows
 from effpass.passes.boundaries import callers
 from effpass.passes.reduce_tokens import Forms as ReducedForms
+from effpass.passes.reduce_tokens import ReduceTokens
 from effpass.patterns.raising import raise_ops
 from effpass.report import Called, Chosen, Declined, GraphReport, Miss
 
@@ -88,9 +90,11 @@ def compile_graph(
         run = _packed(graph, inputs, config, report) or _in_runtime(graph, inputs, config, report)
         return run or _lowered(graph, before, inputs, config, report, stages)
 
-    rows = packed_rows.find_rows(graph, marks, _forms(config, report), finish)
+    forms = _forms(config, report, whole=True, padded=marks.padded or not marks.names)
+    rows = packed_rows.find_rows(graph, marks, forms, finish)
     if rows is not None and rows.what is not None:
         report.applied.append(rows.what)
+        report.declined += _unpacked(config)
         report.forms = rows.counts
         _without_runtime(config, report)
         if config.verify:
@@ -197,14 +201,23 @@ def _agree(
     return True
 
 
-def _forms(config: Config, report: GraphReport) -> Callable[[str], Callable[..., Any]]:
-    """Compiles forms of one graph when they first run; the report tells ops of the packed one."""
+def _forms(
+    config: Config, report: GraphReport, whole: bool = False, padded: bool = True
+) -> Callable[[str], Callable[..., Any]]:
+    """Compiles forms of one graph when they first run; the report tells ops of the packed one.
+
+    ``whole``: they hold all tokens, so that ReduceTokens may still take some. ``padded``: a padding
+    mask may be among the inputs.
+    """
     chosen: dict[str, list[Chosen]] = {}
 
     def compile(form: str) -> Callable[..., Any]:
         def finish(gm: GraphModule, given: Sequence[Any]) -> Callable[..., Any]:
             made = capture(gm, given)
             clean(made)
+            fewer = _reduced(made, given, form, config, report, padded) if whole else None
+            if fewer is not None:
+                return fewer
             chosen[form] = lower(made, config.targets)
             packed = [each for name, each in chosen.items() if name != "plain"]
             report.chosen = packed[0] if packed else chosen[form]
@@ -215,12 +228,41 @@ def _forms(config: Config, report: GraphReport) -> Callable[[str], Callable[...,
     return compile
 
 
+def _reduced(
+    gm: GraphModule,
+    given: Sequence[Any],
+    form: str,
+    config: Config,
+    report: GraphReport,
+    padded: bool,
+) -> Callable[..., Any] | None:
+    """A form of a graph with fewer tokens, where that was asked for and can be."""
+    for each in config.passes:
+        if not isinstance(each, ReduceTokens):
+            continue
+        found = each.apply(gm, _forms(config, report), given, form, report.forms, padded)
+        if isinstance(found, Declined):
+            report.declined.append(replace(found, reason=f"its {form} form: {found.reason}"))
+        elif found is not None:
+            before = report.verified
+            if config.verify:
+                compare = functools.partial(found.verify, given)
+                if not _agree(each.name, compare, f"the {form} form as it was", config, report):
+                    continue
+                report.verified = f"{before}; {form} with fewer tokens: {report.verified}"
+            report.applied += found.what
+            report.reductions.append(found.reduction)
+            return found.run
+    return None
+
+
 def _packed(
     graph: GraphModule, inputs: Sequence[Any], config: Config, report: GraphReport
 ) -> Callable[..., Any] | None:
     """The graph with and without padding as one callable, where that was asked for and can be."""
-    for i, each in enumerate(config.passes):
-        found = each.apply(graph, _forms(config, report))
+    for each in config.passes:
+        packs = not isinstance(each, ReduceTokens)
+        found = each.apply(graph, _forms(config, report, whole=packs))
         if found is None:
             continue
         if isinstance(found, Declined):
@@ -234,12 +276,17 @@ def _packed(
         report.forms = found.run.counts
         report.nodes_after = len(found.packed.graph.nodes)
         _without_runtime(config, report)
-        reason = f"{each.name} already runs this graph, and the two are not combined yet"
-        report.declined += [Declined(p.name, "", reason) for p in config.passes[i + 1 :]]
         if isinstance(found, ReducedForms):
             report.reductions.append(found.reduction)
         return found.run
     return None
+
+
+def _unpacked(config: Config) -> list[Declined]:
+    """What has nothing to do where sequences lie end to end already."""
+    reason = "its row is packed already: the inputs tell where sequences begin"
+    names = [p.name for p in config.passes if not isinstance(p, ReduceTokens)]
+    return [Declined(f"{name}:packed_rows", "", reason) for name in names]
 
 
 def _without_runtime(config: Config, report: GraphReport) -> None:

@@ -143,6 +143,7 @@ def compiled(gm: GraphModule, compile: Compile) -> Callable[..., Any]:
     read from a tensor, where one has them: an integer would be a constant at first.
     """
     write_contexts(gm)
+    assert gm.code  # a lazy module writes its code now: Dynamo would not look into it
     inputs = gm.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in inputs]
     tensors = {i: v for i, v in enumerate(values) if not isinstance(v, SymInt)}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from effpass.axes.labels import opname
-from effpass.axes.relation import arguments, draws, is_tensor, values
-from effpass.graph.region import ancestors
+from effpass.axes.relation import arguments, draws, values
 from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.reduction.anchors import Settings
@@ -25,17 +25,31 @@ from effpass.passes.reduction.blocks import Block, content, find_blocks
 from effpass.passes.reduction.choice import METHODS, Rule
 from effpass.passes.reduction.flops import Cost, cost
 from effpass.passes.reduction.mixers import ALIGNMENTS
-from effpass.passes.reduction.padding import padding_mask
+from effpass.passes.reduction.padding import ordered, padding_mask
 from effpass.passes.reduction.rewrite import Reducer
-from effpass.passes.reduction.run import Compile, Length, Reduced, carriers, compiled
+from effpass.passes.reduction.run import (
+    Compile,
+    EqualRows,
+    Found,
+    Length,
+    PackedRow,
+    Reduced,
+    compiled,
+)
 from effpass.passes.reduction.schedule import CHECKED, auto, lengths, reachable, solve
 from effpass.passes.reduction.scores import SCORES
-from effpass.passes.reduction.stream import ATTENTION, Irreducible, effpass_op, stream
+from effpass.passes.reduction.stream import (
+    ATTENTION,
+    VARLEN,
+    Irreducible,
+    Stream,
+    effpass_op,
+    stream,
+)
 from effpass.passes.reduction.token_map import token_map
 from effpass.report import Applied, Declined
 from effpass.token_report import Reduction
 
-ORDERS = frozenset(("tril", "triu", "le", "lt", "ge", "gt"))  # what causal masks are made with
 MODES = ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode")
 LOOK_AHEAD = (
     "which tokens leave, and merges, look ahead: only the rows of the protected tail are valid "
@@ -66,18 +80,19 @@ class Forms:
             return f"not run: {reason}"
         if any(map(draws, self.plain.graph.nodes)):
             return "not run: the graph draws random numbers"
-        tokens = self.run.length(inputs)
-        found = self.run.lengths(tokens)
+        sizes, found = self.run.sizes, self.run.sizes(inputs)
+        every = [(each[0],) * len(each) for each in found]
         count = len(pytree.tree_leaves(self.plain.graph.output_node().args[0]))
         expected = run_copy(self.plain, inputs)[:count]
-        whole = run_copy(self.packed, [*inputs, *carriers((tokens,) * len(found))])[:count]
-        fewer = run_copy(self.packed, [*inputs, *carriers(found)])[:count]
+        whole = run_copy(self.packed, [*inputs, *sizes.extra(every, inputs)])[:count]
+        given = [*inputs, *sizes.extra(found, inputs)]
+        fewer = run_copy(self.packed, given)[:count]
         worst = 0.0
         for i, (want, have, cut) in enumerate(zip(expected, whole, fewer, strict=True)):
             if isinstance(want, Tensor):
                 worst = max(worst, difference(i, want, have))
                 difference(i, cut, cut.new_empty(want.shape) if cut.shape != want.shape else cut)
-        self.reduction.steps[:] = token_map(self.reducer, inputs, found)
+        self.reduction.steps[:] = token_map(self.reducer, given, self.reduction.lengths[0])
         return f"equal within {worst:.1e} of the largest value while no token leaves"
 
 
@@ -138,20 +153,40 @@ class ReduceTokens:
         if self.layers != "auto":
             object.__setattr__(self, "layers", _anchors(self.layers))
 
-    def apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms | Declined | None:
+    def apply(
+        self,
+        gm: GraphModule,
+        compile: Callable[[str], Compile],
+        inputs: Sequence[Any] = (),
+        within: str = "",
+        counts: dict[str, int] | None = None,
+        padded: bool = True,
+    ) -> Forms | Declined | None:
         """The reduced form of a graph, or the reason why there is none; None for a ratio of 0.
 
         ``compile`` of the name of a form makes a callable of its graph, when it is first run.
+        ``inputs``: those that it is compiled for. ``within``: the name of the form that ``gm``
+        itself is, whose calls ``counts`` counts; calls of its reduced form are counted there, too.
+        ``padded``: whether a padding mask may be among the inputs.
         """
         if self.ratio == 0 or self.keep == 1:
             return None
         try:
-            return self._apply(gm, compile)
+            counts = {} if counts is None else counts
+            return self._apply(gm, compile, inputs, within, counts, padded)
         except Irreducible as reason:
             code = f"{self.name}:{reason.code}"
             return Declined(code, reason.where, reason.text(), reason.hint)
 
-    def _apply(self, gm: GraphModule, compile: Callable[[str], Compile]) -> Forms:
+    def _apply(
+        self,
+        gm: GraphModule,
+        compile: Callable[[str], Compile],
+        inputs: Sequence[Any],
+        within: str,
+        counts: dict[str, int],
+        padded: bool,
+    ) -> Forms:
         _refuse(gm)
         found = stream(gm)
         blocks = find_blocks(gm, found)
@@ -159,24 +194,25 @@ class ReduceTokens:
         length = Length.of(found.solution.classes.sizes[found.token[0]], gm)
         if length is None:
             raise Irreducible("length", None, "no input tells how many tokens there are")
-        costs = cost(gm, found, blocks)
-        tokens = length.hint
         inside = content(gm, found, blocks)
-        mask = padding_mask(gm, found, inside)
-        causal = any(map(_ordered, (b.mixer for b in blocks)))
+        costs = cost(gm, found, blocks, inside)
+        mask = None if found.offsets else padding_mask(gm, found, inside, padded)
+        causal = any(_ordered(b.mixer, found, mask) for b in blocks)
         settings = Settings(self._rule(), anchors, self._score(causal), self.alignment)
         reducer = Reducer(gm, found, blocks, settings, inside, mask)
         reduced = reducer.build()
-        plan = self._plan(costs, anchors, tokens)
+        plan = self._plan(costs, anchors, length.hint)
+        sizes = _sizes(gm, found, length, plan)
         ahead = causal and not self.causal and reducer.restores
         warning = f"effpass: reduce_tokens in training: {LOOK_AHEAD}; {CAUSAL}" if ahead else None
-        forms = {"plain": 0, "reduced": 0}
-        both = (compiled(gm, compile("plain")), compiled(reduced, compile("reduced")))
-        record = _record(self, costs, blocks, plan(tokens), anchors, causal)
-        return Forms(
-            gm, reduced, Reduced(length, plan, *both, forms, warning), self._what(blocks, anchors),
-            reducer, record,
-        )  # fmt: skip
+        names = (f"{within}_whole", f"{within}_reduced") if within else ("plain", "reduced")
+        for name in names:
+            counts.setdefault(name, 0)
+        both = (compiled(gm, compile(names[0])), compiled(reduced, compile(names[1])))
+        run = Reduced(sizes, *both, counts, names, warning)
+        kept = [plan(length.hint)] if _fake(inputs) else sizes(inputs)
+        record = _record(self, costs, blocks, kept, anchors, causal)
+        return Forms(gm, reduced, run, self._what(blocks, anchors), reducer, record)
 
     def _what(self, blocks: list[Block], anchors: tuple[int, ...]) -> tuple[Applied]:
         names = ", ".join(map(str, anchors))
@@ -267,24 +303,24 @@ def _refuse(gm: GraphModule) -> None:
             raise Irreducible("mode", node, "autocast or a gradient mode changes inside the graph")
 
 
-def _ordered(mixer: Node) -> bool:
+def _ordered(mixer: Node, found: Stream, padding: Node | None) -> bool:
     """Whether a mixer's later tokens do not reach earlier ones."""
-    if opname(mixer) != ATTENTION:
-        return bool(effpass_op(mixer))
-    given = arguments(mixer)
-    mask = [given["attn_mask"]] if is_tensor(given["attn_mask"]) else []
-    return bool(given["is_causal"]) or any(opname(node) in ORDERS for node in ancestors(mask))
+    if effpass_op(mixer) == VARLEN:
+        return bool(arguments(mixer)["causal"])
+    return ordered(mixer, found, padding) if opname(mixer) == ATTENTION else True
 
 
 def _record(
     options: ReduceTokens,
     costs: Cost,
     blocks: list[Block],
-    found: tuple[int, ...],
+    found: Found,
     anchors: tuple[int, ...],
     causal: bool,
 ) -> Reduction:
-    whole = (found[0],) * len(found)
+    whole = [(each[0],) * len(each) for each in found]
+    done = [sum(costs.total(each, anchors) for each in one) for one in (whole, found)]
+    held = [sum(costs.activations(each, anchors) for each in one) for one in (whole, found)]
     item = values(blocks[0].add)[0].element_size()
     valid = (
         LOOK_AHEAD if causal and not options.causal else "rows do not read merges of later tokens"
@@ -294,9 +330,23 @@ def _record(
     return Reduction(
         options.method,
         options.ratio,
-        costs.saved(found, anchors),
-        (costs.total(whole, anchors), costs.total(found, anchors)),
-        (costs.activations(whole, anchors) * item, costs.activations(found, anchors) * item),
-        found,
+        1 - done[1] / done[0],
+        (done[0], done[1]),
+        (held[0] * item, held[1] * item),
+        tuple(map(sum, zip(*found, strict=True))),
         valid,
+        tuple(each[0] for each in found),
     )
+
+
+def _sizes(
+    gm: GraphModule, stream: Stream, length: Length, plan: Callable[[int], tuple[int, ...]]
+) -> EqualRows | PackedRow:
+    if stream.offsets is None:
+        return EqualRows(length, plan)
+    return PackedRow(list(gm.graph.find_nodes(op="placeholder")).index(stream.offsets), plan)
+
+
+def _fake(inputs: Sequence[Any]) -> bool:
+    """Whether inputs have no values, or are not there."""
+    return not inputs or any(isinstance(v, FakeTensor) for v in inputs)

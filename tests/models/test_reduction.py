@@ -105,14 +105,24 @@ def test_training_through_reduction(family: str) -> None:
             close(mine, theirs, "zoo_gradient_fp32")
 
 
-def test_states_after_a_reduced_prefill_generate() -> None:
-    """SSM families go on from the states of the reduced stream; caches of keys decline."""
-    model, make_inputs = FAMILIES["mamba2"]()
-    ids = make_inputs(2, 20, False)["input_ids"]
+@pytest.mark.parametrize("family", marked(["mamba2", "mamba", "falcon_mamba"]))
+def test_states_after_a_reduced_prefill_generate(family: str) -> None:
+    """SSM families go on from the states of the reduced stream.
+
+    While only padding leaves they are those of the whole stream, and what is generated is the same.
+    """
+    model, make_inputs = FAMILIES[family]()
+    ids = make_inputs(3, 16, False)["input_ids"]
+    mask = (torch.arange(16) >= torch.tensor([[5], [8], [6]])).long()
     settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
-    model.forward = compiled(model.forward, layers=[0])
-    assert model.generate(ids, **settings).shape == (2, 24)
-    assert effpass.report(model).graphs[0].forms == {"plain": 0, "reduced": 1}
+    expected = model.generate(ids, attention_mask=mask, **settings)
+    model.forward = compiled(model.forward, method="evit", score="l2")
+    assert torch.equal(model.generate(ids, attention_mask=mask, **settings), expected)
+    torch._dynamo.reset()
+    model.forward = compiled(type(model).forward.__get__(model))
+    assert model.generate(ids, **settings).shape == (3, 20)
+    prefills = [g.forms for g in effpass.report(model).graphs if g.forms]
+    assert prefills == [{"plain": 0, "reduced": 1}] * 2
 
 
 def test_a_cache_of_keys_is_declined() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.passes import reduction_oracle as oracle
-from tests.passes.small import WIDTH, Encoder
+from tests.passes.small import WIDTH
 
 
 def scans(model: nn.Module, x: Tensor, keep: dict[int, float], q: float, last: int) -> Tensor:
@@ -22,7 +22,9 @@ def scans(model: nn.Module, x: Tensor, keep: dict[int, float], q: float, last: i
     return torch.stack([row[read] for row, read in zip(x, reads, strict=True)])
 
 
-def encoder(model: Encoder, ids: Tensor, mask: Tensor, keep: float, last: int) -> Tensor:
+def encoder(
+    model: Any, ids: Tensor, mask: Tensor, keep: float, last: int, q: float = 0.5
+) -> Tensor:
     """``tests.passes.small.Encoder``, with fewer tokens behind its first attention."""
     x = model.embed(ids) + model.positions(torch.arange(ids.shape[1]))
     bias = model.spell(mask)
@@ -32,7 +34,7 @@ def encoder(model: Encoder, ids: Tensor, mask: Tensor, keep: float, last: int) -
         rows = [_rows(bias, row, positions) for row, positions in enumerate(at)]
         y = torch.cat([_attention(layer, x[i : i + 1], rows[i]) for i in range(len(ids))])
         if i == 0:
-            found = _oracles(x, y, y, keep, 0.5, last, mask != 0)
+            found = _oracles(x, y, y, keep, q, last, mask != 0)
             x = found[0] + found[1]
             at, reads = found[2], found[3]
         else:

@@ -222,15 +222,6 @@ def test_heads_read_all_tokens(head: small.Head) -> None:
     close(actual, expected, "model_fp32")
 
 
-def test_both_passes_are_not_combined_silently() -> None:
-    model = small.Encoder(small.additive, small.tokens).eval()
-    options = {"pack_varlen": True, "reduce_tokens": {"keep": 0.7}, "compiler": "eager"}
-    run = torch.compile(model, backend="effpass", options=options)
-    with torch.no_grad():
-        run(torch.randint(0, small.VOCAB, (3, 12)), torch.ones(3, 12, dtype=torch.long))
-    assert codes(run) == ["reduce_tokens"]
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -13,14 +13,15 @@ from effpass.axes.relation import arguments, is_tensor, values
 from effpass.ops import OPS
 from effpass.passes.reduction import steps
 from effpass.passes.reduction.blocks import Block
-from effpass.passes.reduction.choice import MERGING, UNSCORED, Rule
-from effpass.passes.reduction.mixers import attention, scan
-from effpass.passes.reduction.stream import ATTENTION, Irreducible, effpass_op
+from effpass.passes.reduction.choice import ALTERNATE, MERGING, UNSCORED, Rule
+from effpass.passes.reduction.mixers import attention, scan, varlen
+from effpass.passes.reduction.stream import ATTENTION, VARLEN, Irreducible, attends, effpass_op
 
 if TYPE_CHECKING:
     from effpass.passes.reduction.rewrite import Reducer
 
 STEPPED = ("selective_scan", "ssd_scan")
+FIRST = "the score cls needs attention in which the first token sees all others"
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Anchor:
     def mixed(self, stage: int) -> Node:
         """The mixer itself; a scan's gate is taken out of it, for what is judged comes before."""
         mixer, made = self.block.mixer, None
-        if opname(mixer) == ATTENTION:
-            made = attention(self.reducer, mixer, stage)
-            self._output = made
-            return made
+        if attends(mixer):
+            run = attention if opname(mixer) == ATTENTION else varlen
+            self._output = run(self.reducer, mixer, stage)
+            return self._output
         name = effpass_op(mixer)
         gate = OPS[name].bind(*mixer.args, **mixer.kwargs).get("z")
         made = scan(self.reducer, mixer, stage, gate=False)
@@ -100,10 +101,13 @@ class Anchor:
         r, rule = self.reducer, self.reducer.settings.rule
         score = None if rule.method in UNSCORED else self._score(stage, whole)
         metric = self._metric(stage) if r.settings.merges else None
-        carrier, real = r.carriers[r.settings.anchors.index(self.index)], r.stages[-1].real
+        number = r.settings.anchors.index(self.index)
+        real, extra = r.stages[-1].real, ()
+        if r.offsets:
+            extra = ((r.stages[-1].offsets, r.offsets[number], r.host), number)
         return r.call(
-            steps.chosen,
-            *(score, metric, real, carrier, rule.method, float(rule.q)),
+            steps.chosen_packed if extra else steps.chosen,
+            *(score, metric, real, r.carriers[number], *extra, rule.method, float(rule.q)),
             *(rule.protect_first, rule.protect_last, rule.causal, rule.seed + self.index),
         )
 
@@ -133,9 +137,13 @@ class Anchor:
 
     def _first_score(self, stage: int) -> Node:
         mixer, r = self.block.mixer, self.reducer
+        if effpass_op(mixer) == VARLEN:
+            return self._first_packed(stage)
         given: dict[str, Any] = arguments(mixer) if opname(mixer) == ATTENTION else {}
         if not given or given["is_causal"]:
-            reason = "the score cls needs attention in which the first token sees all others"
+            raise Irreducible("score", mixer, FIRST, "score='clip_y'")
+        if r.offsets:
+            reason = "its row is packed by its own mask, where the score cls is not known"
             raise Irreducible("score", mixer, reason, "score='clip_y'")
         scale = given["scale"]
         if scale is None:
@@ -144,9 +152,25 @@ class Anchor:
         mask = r.pairs(given["attn_mask"], stage, mixer) if is_tensor(given["attn_mask"]) else None
         return r.call(steps.score_first, q, k, scale, mask)
 
+    def _first_packed(self, stage: int) -> Node:
+        mixer, r = self.block.mixer, self.reducer
+        given = OPS[VARLEN].bind(*mixer.args, **mixer.kwargs)
+        if given["causal"]:
+            raise Irreducible("score", mixer, FIRST, "score='clip_y'")
+        scale = given["scale"]
+        if scale is None:
+            scale = float(values(given["q"])[0].shape[-1]) ** -0.5
+        q, k = (r.at(given[n], stage, mixer) for n in ("q", "k"))
+        args = (r.stages[stage].offsets, r.stages[stage].positions, given["window"][1])
+        return r.call(steps.score_first_packed, q, k, scale, *args)
+
     def _metric(self, stage: int) -> Node:
         r, mixer = self.reducer, self.block.mixer
-        if opname(mixer) == ATTENTION and r.settings.rule.method in ("tome", "pumer"):
+        if attends(mixer) and r.settings.rule.method in ALTERNATE:
+            if effpass_op(mixer) == VARLEN:
+                return r.call(
+                    steps.metric_of_packed_keys, r.at(arguments(mixer)["k"], stage, mixer)
+                )
             return r.call(steps.metric_of_keys, r.at(arguments(mixer)["key"], stage, mixer))
         place = r.stream.of(mixer)
         return r.call(steps.metric_of, self._output, place.batch, place.token)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import opname
 from effpass.axes.relation import is_tensor, values
-from effpass.passes.reduction.stream import Irreducible, Stream, effpass_op, is_mixer
+from effpass.passes.reduction.stream import VARLEN, Irreducible, Stream, effpass_op, is_mixer
 
 THROUGH = ("to", "_to_copy", "dropout", "alias", "clone", "contiguous", "detach")
 
@@ -114,4 +114,4 @@ def _block(add: Node, mixers: list[Node], above: dict[Node, int], bits: dict[Nod
 
 
 def _rank(mixer: Node) -> int:
-    return {"causal_conv1d": 0, "": 1}.get(effpass_op(mixer), 2)
+    return {"causal_conv1d": 0, "": 1, VARLEN: 1}.get(effpass_op(mixer), 2)

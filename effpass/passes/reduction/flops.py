@@ -11,7 +11,7 @@ from effpass.axes.contraction import contraction
 from effpass.axes.labels import EXPANDS, KEEPS, PERMUTES, RESHAPES, opname
 from effpass.axes.relation import arguments, is_tensor, values
 from effpass.passes.reduction.blocks import Block, ancestors, depths
-from effpass.passes.reduction.stream import ATTENTION, Holds, Stream, effpass_op
+from effpass.passes.reduction.stream import ATTENTION, VARLEN, Holds, Stream, effpass_op
 
 VIEWS = (*KEEPS, *PERMUTES, *RESHAPES, *EXPANDS, "slice", "split", "split_with_sizes", "chunk")
 SCAN = {"selective_scan": 8, "ssd_scan": 6, "linear_recurrence": 2}  # operations a state element
@@ -49,15 +49,19 @@ class Cost:
         return lengths[sum(anchor < depth for anchor in anchors)]
 
 
-def cost(gm: GraphModule, stream: Stream, blocks: list[Block]) -> Cost:
-    """The cost of a graph's stack, from the sizes it was captured with."""
+def cost(gm: GraphModule, stream: Stream, blocks: list[Block], content: set[Node]) -> Cost:
+    """The cost of a graph's stack, from the sizes it was captured with.
+
+    Of ``content`` alone: tables of positions and masks are made for all tokens, whoever leaves. So
+    a packed row costs what its sequences cost.
+    """
     depth, count = depths(gm, blocks), len(blocks) + 1
     linear, pairs, width = ([0.0] * count for _ in range(3))
     above, inside = ancestors(gm), _stack(gm, blocks)
     nodes = list(gm.graph.nodes)
     last = above[inside]
     for i, node in enumerate(nodes):
-        if not last >> i & 1 or not (opname(node) or effpass_op(node)):
+        if not last >> i & 1 or node not in content or not (opname(node) or effpass_op(node)):
             continue
         if opname(node) in VIEWS or not stream.holds_tokens(node):
             continue
@@ -111,6 +115,9 @@ def _operations(node: Node) -> tuple[float, int]:
     if name == ATTENTION:
         q, k, v = (values(given[n])[0].shape for n in ("query", "key", "value"))
         return 2.0 * _hint(q[:-1]) * _hint(k[-2:-1]) * (_hint(q[-1:]) + _hint(v[-1:])), 2
+    if op == VARLEN:  # within one sequence: pairs of its own tokens
+        q, v = (values(given[n])[0].shape for n in ("q", "v"))
+        return 2.0 * _hint(q[:2]) * _hint(q[:1]) * (_hint(q[-1:]) + _hint(v[-1:])), 2
     if op == "causal_conv1d":
         return 2.0 * _size(node) * _hint(values(given["weight"])[0].shape[-1:]), 1
     if op in SCAN:

@@ -14,12 +14,30 @@ from effpass.axes.relation import arguments, is_tensor, values
 from effpass.graph.source import keep_source
 from effpass.ops import OPS
 from effpass.passes.reduction import steps
-from effpass.passes.reduction.stream import ATTENTION, Holds, Irreducible, effpass_op
+from effpass.passes.reduction.stream import (
+    VARLEN,
+    Holds,
+    Irreducible,
+    attends,
+    effpass_op,
+)
 
 if TYPE_CHECKING:
     from effpass.passes.reduction.rewrite import Reducer
 
-MOVES = (*KEEPS, *PERMUTES, *RESHAPES, *EXPANDS, "to", "_to_copy", "cat", "slice", "index_copy")
+MOVES = (
+    *KEEPS,
+    *PERMUTES,
+    *RESHAPES,
+    *EXPANDS,
+    "to",
+    "_to_copy",
+    "cat",
+    "slice",
+    "index_copy",
+    "copy",
+)
+PADS = ("constant_pad_nd", "pad")
 ALIGNMENTS = ("hold", "repeat", "bias_gap")
 Cached = Callable[["Reducer", int], Node]
 
@@ -53,18 +71,50 @@ def _check_operand(reducer: Reducer, node: Node, name: str, source: Node) -> Non
     raise Irreducible("layout", node, reason)
 
 
+def varlen(reducer: Reducer, node: Node, stage: int) -> Node:
+    """``varlen_attention`` of the tokens at a stage; windows count in their first positions."""
+    if not stage:
+        return reducer.graph.node_copy(node, reducer.env.__getitem__)
+    op, here = OPS[VARLEN], reducer.stages[stage]
+    given = op.bind(*node.args, **node.kwargs)
+    for name in ("q", "k", "v"):
+        place = reducer.stream.of(given[name])
+        if place.token != 0 or not place.alone:
+            text = reducer.stream.solution.text(given[name])
+            reason = f"its {name} is not (tokens, heads, channels) of these tokens, but {text}"
+            raise Irreducible("layout", node, reason)
+    if given["bias"] is not None and values(given["bias"])[0].dim() != 1:
+        raise Irreducible("layout", node, "its bias is not one a token")
+    made = {name: _varlen_operand(reducer, node, stage, value) for name, value in given.items()}
+    made["cu_seqlens"] = here.offsets
+    if made["q_pos"] is None and max(given["window"]) >= 0:
+        made["q_pos"] = made["k_pos"] = reducer.call(
+            torch.ops.aten.select.int, here.positions, 0, 0
+        )
+    if reducer.settings.weighted:
+        made["bias"] = reducer.call(steps.weights_of_keys, made["bias"], here.sizes)
+    return keep_source(node, reducer.graph.call_function(op.overload, tuple(made.values())))
+
+
+def _varlen_operand(reducer: Reducer, node: Node, stage: int, value: Any) -> Any:
+    if not isinstance(value, Node):
+        return value
+    held = is_tensor(value) and reducer.stream.holds_tokens(value)
+    return reducer.at(value, stage, node) if held else reducer.env[value]
+
+
 def scan(reducer: Reducer, node: Node, stage: int, gate: bool = True) -> Node:
     """A scan or convolution of the tokens at a stage; without its gate where that is wanted."""
     name = effpass_op(node)
     op = OPS[name]
     given = op.bind(*node.args, **node.kwargs)
-    if given.get("cu_seqlens") is not None:
-        hint = "reduce rows of their own, or pack without reducing"
-        raise Irreducible("packed", node, "its sequences are packed, which is not reduced", hint)
     for key, value in given.items():
         if is_tensor(value):
             held = reducer.stream.holds_tokens(value)
             given[key] = reducer.at(value, stage, node) if held else reducer.env[value]
+    packed = stage > 0 and given.get("cu_seqlens") is not None
+    if packed:
+        given["cu_seqlens"] = reducer.stages[stage].offsets
     if not gate and "z" in given:
         given["z"] = None
     mode = reducer.settings.alignment
@@ -76,28 +126,39 @@ def scan(reducer: Reducer, node: Node, stage: int, gate: bool = True) -> Node:
     if mode == "bias_gap" and (given["dt_bias"] is None or not given["dt_softplus"]):
         reason = "alignment 'bias_gap' needs the bias of its step sizes, which is not its own here"
         raise Irreducible("alignment", node, reason, "alignment='repeat' or 'hold'")
-    at = reducer.stages[stage].positions
-    return reducer.call(steps.aligned_scan, name, mode, at, given)
+    at, first = reducer.stages[stage].positions, reducer.stages[0].offsets
+    return reducer.call(steps.aligned_scan, name, mode, at, given, first if packed else None)
 
 
 def keys_and_values(gm: GraphModule) -> set[Node]:
     """Values that are an attention's keys or values, perhaps moved: what a cache holds."""
+    given = [arguments(node) for node in gm.graph.nodes if attends(node)]
+    return _moved(
+        [each[n] for each in given for n in ("key", "value", "k", "v") if n in each], MOVES
+    )
+
+
+def convolved(gm: GraphModule) -> set[Node]:
+    """Values that a convolution reads, perhaps moved and cut: what it keeps for a next call."""
+    convolutions = [n for n in gm.graph.nodes if effpass_op(n) == "causal_conv1d"]
+    return _moved([arguments(n)["x"] for n in convolutions], (*MOVES, *PADS))
+
+
+def _moved(values: list[Node], moves: tuple[str, ...]) -> set[Node]:
+    """Values, what they are moved from, and whither."""
     found: set[Node] = set()
-    for node in gm.graph.nodes:
-        if opname(node) == ATTENTION:
-            given = arguments(node)
-            pending = [given["key"], given["value"]]
-            while pending:
-                source = pending.pop()
-                if source not in found:
-                    found.add(source)
-                    pending += source.all_input_nodes if opname(source) in MOVES else []
-    users = [u for n in found for u in n.users if opname(u) in MOVES]
+    pending = list(values)
+    while pending:
+        source = pending.pop()
+        if source not in found:
+            found.add(source)
+            pending += source.all_input_nodes if opname(source) in moves else []
+    users = [u for n in found for u in n.users if opname(u) in moves]
     while users:
         user = users.pop()
         if user not in found:
             found.add(user)
-            users += [u for u in user.users if opname(u) in MOVES]
+            users += [u for u in user.users if opname(u) in moves]
     return found
 
 
@@ -113,7 +174,7 @@ def cached_inputs(gm: GraphModule) -> dict[Node, Cached]:
     found: dict[Node, Cached] = {}
     for node in gm.graph.nodes:
         source = node.args[0] if node.args else None
-        if opname(node) in ("slice", "constant_pad_nd", "pad") and is_tensor(source):
+        if opname(node) in ("slice", *PADS) and is_tensor(source):
             if source in inputs and (dim := _tail(node, source)) is not None:
                 found[node] = _Tail(node, source, dim, int(values(node)[0].shape[dim]))
     return found

@@ -7,11 +7,13 @@ from torch.fx import GraphModule, Node
 
 from effpass.axes.labels import opname, single
 from effpass.axes.relation import arguments, is_tensor, values
-from effpass.passes.packing.masks import Seen, seen
+from effpass.graph.region import ancestors
+from effpass.passes.packing.masks import Seen, seen, who_sees
 from effpass.passes.packing.places import Unpackable
 from effpass.passes.packing.samples import Samples
 from effpass.passes.reduction.stream import ATTENTION, Irreducible, Stream
 
+ORDERS = frozenset(("tril", "triu", "le", "lt", "ge", "gt"))  # what causal masks are made with
 SPELLED = (
     *("to", "_to_copy", "type_as", "unsqueeze", "expand", "slice", "alias", "clone", "index"),
     *("contiguous", "ne", "view", "reshape"),
@@ -19,12 +21,15 @@ SPELLED = (
 LOOKED_UP = ("embedding", "cos", "sin", "cross_entropy_loss", "nll_loss", "nll_loss_nd")
 
 
-def padding_mask(gm: GraphModule, stream: Stream, content: set[Node]) -> Node | None:
+def padding_mask(
+    gm: GraphModule, stream: Stream, content: set[Node], padded: bool = True
+) -> Node | None:
     """The input (b, t) that is not zero at real tokens; None where there is none.
 
     An attention mask must come out as "real keys, perhaps within a window" on sample paddings, or
     the input must multiply the stream itself. Raises Irreducible for an input that masks attention
-    in another way: padding could not be told from tokens.
+    in another way: padding could not be told from tokens. Not without ``padded``: then there is
+    none, and it is positions that tell sequences apart.
     """
     stopped: Irreducible | None = None
     for node in gm.graph.find_nodes(op="placeholder"):
@@ -44,7 +49,7 @@ def padding_mask(gm: GraphModule, stream: Stream, content: set[Node]) -> Node | 
             continue
         if _closes(node, content):
             return node
-    if stopped is not None:
+    if stopped is not None and padded:
         raise stopped
     return None
 
@@ -53,6 +58,30 @@ def window(attention: Node, samples: Samples) -> Seen | None:
     """What an attention's mask lets tokens see, on sample paddings. Raises Unpackable."""
     given = arguments(attention)
     return seen(attention, given["attn_mask"], bool(given["is_causal"]), samples)
+
+
+def ordered(attention: Node, stream: Stream, padding: Node | None) -> bool:
+    """Whether no token sees a later one, by the mask of an attention without padding.
+
+    Where that mask is made of other inputs than ``padding`` or ids, by what it is spelled with.
+    """
+    given = arguments(attention)
+    mask = given["attn_mask"]
+    if bool(given["is_causal"]) or not is_tensor(mask):
+        return bool(given["is_causal"])
+    above = ancestors([mask])
+    inputs = [n for n in above if n.op == "placeholder" and values(n)]
+    every = attention.graph.find_nodes(op="placeholder")
+    own = padding or next((n for n in every if _shaped(n, stream)), None)
+    if own is not None and set(inputs) <= {own}:
+        samples = Samples(own)
+        if samples.light(mask):
+            try:
+                sees = who_sees(attention, samples.value(mask, 0), samples.masks[0])
+                return not bool(sees.triu(1).any())
+            except (Unpackable, RuntimeError, IndexError, ValueError):
+                pass  # a mask that cannot be computed alone is judged by its operations
+    return any(opname(node) in ORDERS for node in above)
 
 
 def _shaped(node: Node, stream: Stream) -> bool:

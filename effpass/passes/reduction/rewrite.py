@@ -26,9 +26,23 @@ from effpass.graph.writes import writes
 from effpass.passes.reduction import steps
 from effpass.passes.reduction.anchors import Anchor, Settings
 from effpass.passes.reduction.blocks import Block, ancestors
-from effpass.passes.reduction.mixers import attention, cached_inputs, keys_and_values, scan
+from effpass.passes.reduction.mixers import (
+    attention,
+    cached_inputs,
+    convolved,
+    keys_and_values,
+    scan,
+    varlen,
+)
 from effpass.passes.reduction.sizes import resized
-from effpass.passes.reduction.stream import ATTENTION, Holds, Irreducible, Stream, effpass_op
+from effpass.passes.reduction.stream import (
+    ATTENTION,
+    VARLEN,
+    Holds,
+    Irreducible,
+    Stream,
+    effpass_op,
+)
 
 aten = torch.ops.aten
 CACHE_HINT = "use_cache=False, or anchors behind the last attention"
@@ -40,7 +54,8 @@ class Stage:
 
     ``positions``: where they were at first (b, m). ``real``: which are no padding (b, m).
     ``reads``: which of them each of all tokens reads (b, N). ``sizes``: how many each stands for.
-    ``choice``: what made this stage of the one before.
+    ``choice``: what made this stage of the one before. ``offsets``: where sequences of a packed row
+    begin among these tokens, int32 (S + 1,).
     """
 
     positions: Node
@@ -48,6 +63,7 @@ class Stage:
     reads: Node | None = None
     sizes: Node | None = None
     choice: Node | None = None
+    offsets: Node | None = None
 
 
 class Reducer:
@@ -69,10 +85,13 @@ class Reducer:
         self.graph = Graph()
         self.env: dict[Node, Node] = {}
         self.stages: list[Stage] = []
+        self.carriers: list[Node] = []
+        self.offsets: list[Node] = []  # of packed rows, behind each anchor
+        self.host: Node | None = None
         self._stage: dict[Node, int] = {}
         self._brought: dict[tuple[Any, ...], Node] = {}
         self._needed = self._inside_stack(blocks)
-        self._caches = keys_and_values(gm)
+        self._caches, self._convolved = keys_and_values(gm), convolved(gm)
         self.cached = cached_inputs(gm)
 
     def _inside_stack(self, blocks: list[Block]) -> set[Node]:
@@ -83,12 +102,17 @@ class Reducer:
     def build(self) -> GraphModule:
         """The reduced graph: inputs as before, then one carrier of a size for every anchor.
 
-        Raises Irreducible.
+        For a packed row then its offsets behind every anchor, and in front of each as one table of
+        numbers on the host. Raises Irreducible.
         """
         for node in self.gm.graph.find_nodes(op="placeholder"):
             self.env[node] = self.graph.placeholder(str(node.target))
             self.env[node].meta["val"] = node.meta.get("val")
-        self.carriers = [self.graph.placeholder(f"kept_{i}") for i in self.settings.anchors]
+        anchors = self.settings.anchors
+        self.carriers = [self.graph.placeholder(f"kept_{i}") for i in anchors]
+        if self.stream.offsets is not None:
+            self.offsets = [self.graph.placeholder(f"offsets_{i}") for i in anchors]
+            self.host = self.graph.placeholder("offsets_of_all")
         for node in self.gm.graph.nodes:
             if node.op not in ("placeholder", "output"):
                 try:
@@ -97,16 +121,40 @@ class Reducer:
                     reason.chain = self._chain(node)
                     raise
         output = self.gm.graph.output_node()
-        for leaf in pytree.tree_leaves(output.args[0]):
-            if isinstance(leaf, Node) and self.stage(leaf) and leaf in self._caches:
-                reason = "keys or values of a cache would have fewer tokens than it counts"
-                raise Irreducible("kv_cache", leaf, reason, CACHE_HINT)
+        self._check_caches(output)
         self.graph.output(map_arg(output.args[0], self.restored))
         made = GraphModule(self.gm, self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         made.recompile()
         return made
+
+    def _check_caches(self, output: Node) -> None:
+        """Raises Irreducible where what is kept for a next call would be another than its tokens'.
+
+        Packed tokens that were put back in their rows are all there, some twice.
+        """
+        kept = [n for n in pytree.tree_leaves(output.args[0]) if isinstance(n, Node)]
+        kept += [n for node in self.gm.graph.nodes if writes(node) for n in node.all_input_nodes]
+        for node in kept:
+            if node in self._caches and self._reduced(node, self._caches):
+                reason = "keys or values of a cache would have fewer tokens than it counts"
+                raise Irreducible("kv_cache", node, reason, CACHE_HINT)
+            if self.offsets and node in self._convolved and self._reduced(node, self._convolved):
+                reason = "a convolution keeps its last inputs of rows that were put back"
+                raise Irreducible("cache", node, reason, "use_cache=False, or rows without padding")
+
+    def _reduced(self, node: Node, among: set[Node]) -> bool:
+        """Whether some of the tokens that a value is moved from have left."""
+        pending, seen = [node], set[Node]()
+        while pending:
+            each = pending.pop()
+            if self.stage(each):
+                return True
+            found = among.intersection(each.all_input_nodes) - seen
+            seen |= found
+            pending += found
+        return False
 
     def _chain(self, node: Node) -> list[Node]:
         """The nodes along which fewer tokens reach a node, from the anchor on."""
@@ -150,6 +198,8 @@ class Reducer:
             return self._size(node), 0
         if opname(node) == ATTENTION:
             return attention(self, node, stage), stage
+        if effpass_op(node) == VARLEN:
+            return varlen(self, node, stage), stage
         if effpass_op(node):
             return scan(self, node, stage), stage
         if node in self.cached:
@@ -318,7 +368,8 @@ class Reducer:
             real = self.call(steps.all_real, self.env[like], place.batch, place.token)
         else:
             real = self.call(steps.real_tokens, self.env[self.mask])
-        self.stages.append(Stage(self.call(steps.positions, real), real))
+        offsets = None if self.stream.offsets is None else self.env[self.stream.offsets]
+        self.stages.append(Stage(self.call(steps.positions, real), real, offsets=offsets))
 
     def next_stage(self, choice: Node) -> None:
         """Makes the stage behind one more anchor."""
@@ -332,5 +383,6 @@ class Reducer:
                 if self.settings.weighted
                 else None,
                 choice,
+                self.offsets[len(self.stages) - 1] if self.offsets else None,
             )
         )

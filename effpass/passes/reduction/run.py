@@ -1,4 +1,4 @@
-"""Runs a reduced graph: how many tokens stay is worked out on the host, from the length alone."""
+"""Runs a reduced graph: how many tokens stay is worked out on the host, from lengths alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import sympy
@@ -67,46 +68,104 @@ class Length:
         return int(self.size.subs(known))
 
 
+Found = list[tuple[int, ...]]  # of each sequence: tokens in front of the first anchor, behind each
+
+
+@dataclass(frozen=True)
+class EqualRows:
+    """How many tokens stay of rows that are all as long; ``lengths`` of a number of tokens."""
+
+    length: Length
+    lengths: Callable[[int], tuple[int, ...]]
+
+    def __call__(self, inputs: Sequence[Any]) -> Found:
+        """Of one row: every row is alike."""
+        return [self.lengths(self.length(inputs))]
+
+    def extra(self, found: Found, inputs: Sequence[Any]) -> list[Tensor]:
+        """What a reduced graph reads besides ``inputs``."""
+        made = carriers(found[0])
+        for each in () if self.length.fixed else made:
+            maybe_mark_dynamic(each, 0)
+        return made
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """The same of each sequence of a packed row, by its own length.
+
+    ``place``: which input is ``cu_seqlens``, int32 (S + 1,). It is read on the host.
+    """
+
+    place: int
+    lengths: Callable[[int], tuple[int, ...]]
+
+    def __call__(self, inputs: Sequence[Any]) -> Found:
+        """Of every sequence, in order."""
+        offsets = inputs[self.place].tolist()
+        return [self.lengths(end - start) for start, end in pairwise(offsets)]
+
+    def extra(self, found: Found, inputs: Sequence[Any]) -> list[Tensor]:
+        """Carriers, offsets behind every anchor, and those in front of each on the host."""
+        table = [[0, *accumulate(numbers)] for numbers in zip(*found, strict=True)]
+        device = inputs[self.place].device
+        behind = [torch.tensor(row, dtype=torch.int32) for row in table[1:]]
+        behind = [each.to(device, non_blocking=True) for each in behind]
+        made = [*(torch.empty(row[-1]) for row in table[1:]), *behind]
+        for each in made:
+            maybe_mark_dynamic(each, 0)
+        host = torch.tensor(table[:-1])
+        maybe_mark_dynamic(host, 1)
+        return [*made, host]
+
+
 @dataclass
 class Reduced:
     """Runs the reduced form of a graph, or the plain one for inputs too short to lose a token.
 
-    ``lengths`` of a number of tokens: how many there are in front of the first anchor and behind
-    each. ``counts`` says how often each form ran. ``warning``: what is said, once, when gradients
-    are recorded.
+    ``sizes`` tells how many tokens stay. ``counts`` says how often each form ran, by its name in
+    ``names``. ``warning``: what is said, once, when gradients are recorded.
     """
 
-    length: Length
-    lengths: Callable[[int], tuple[int, ...]]
+    sizes: EqualRows | PackedRow
     plain: Run
     reduced: Run
     counts: dict[str, int]
+    names: tuple[str, str] = ("plain", "reduced")
     warning: str | None = None
+
+    @property
+    def lengths(self) -> Callable[[int], tuple[int, ...]]:
+        """How many of so many tokens there are in front of the first anchor and behind each."""
+        return self.sizes.lengths
+
+    @property
+    def length(self) -> Length:
+        """The number of tokens of a row. Raises TypeError where sequences lie end to end in it."""
+        if isinstance(self.sizes, PackedRow):
+            raise TypeError("expected rows of one sequence each, found a packed row: use sizes")
+        return self.sizes.length
 
     def __call__(self, *inputs: Any) -> Any:
         """Outputs of the graph for these inputs."""
-        found = self.lengths(self.length(inputs))
-        if found[-1] == found[0]:
-            self.counts["plain"] += 1
+        found = self.sizes(inputs)
+        if all(each[-1] == each[0] for each in found):
+            self.counts[self.names[0]] += 1
             return self.plain(*inputs)
-        self.counts["reduced"] += 1
+        self.counts[self.names[1]] += 1
         if self.warning is not None and _trained(inputs):
             warnings.warn(self.warning, stacklevel=2)
             self.warning = None
-        sizes = carriers(found)
-        if not self.length.fixed:
-            for each in sizes:
-                maybe_mark_dynamic(each, 0)
-        return self.reduced(*inputs, *sizes)
-
-
-def _trained(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in inputs)
+        return self.reduced(*inputs, *self.sizes.extra(found, inputs))
 
 
 def carriers(lengths: Sequence[int]) -> list[Tensor]:
     """A tensor of each length behind an anchor: the compiler sees its size as a symbol."""
     return [torch.empty(n) for n in lengths[1:]]
+
+
+def _trained(inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(getattr(v, "requires_grad", False) for v in inputs)
 
 
 def compiled(gm: GraphModule, compile: Compile) -> Run:
@@ -115,6 +174,7 @@ def compiled(gm: GraphModule, compile: Compile) -> Run:
     Dims that the graph has as symbols are symbols from its first call. Sizes among its inputs are
     read from a tensor, where one has them: an integer would be a constant at first.
     """
+    assert gm.code  # a lazy module writes its code now: Dynamo would not look into it
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     symbolic = {
         i: [d for d, size in enumerate(v.shape) if isinstance(size, SymInt)]

@@ -52,6 +52,8 @@ def solve(
 
     Where so few tokens cannot save it, as much as they can.
     """
+    if tokens <= protected:
+        return (tokens,) * (len(anchors) + 1)
     made: Callable[[float], tuple[int, ...]] = partial(
         lengths, tokens, anchors=len(anchors), protected=protected
     )

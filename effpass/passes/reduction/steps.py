@@ -15,6 +15,13 @@ from torch.nn.functional import silu, softplus
 from effpass.passes.reduction import scores
 from effpass.passes.reduction.choice import Choice, Rule, choose, classes
 from effpass.passes.reduction.merge import gaps, grown, merge, pick, step
+from effpass.passes.reduction.packed import (
+    Offsets,
+    Segments,
+    choose_packed,
+    first_seen,
+    gaps_packed,
+)
 
 Chosen = tuple[Tensor, ...]
 
@@ -59,9 +66,36 @@ def chosen(
 ) -> Chosen:
     """The choice of one anchor; ``kept`` has as many elements as tokens stay."""
     rule = Rule(method, q, first, last, causal, seed)
-    found = choose(rule, score, metric, classes(real, first, last), kept.shape[0])
-    both = (found.residual, found.mixer)
-    return found.kept, found.rank, found.leaving, found.into, *both
+    return _chosen(choose(rule, score, metric, classes(real, first, last), kept.shape[0]))
+
+
+def chosen_packed(
+    score: Tensor | None,
+    metric: Tensor | None,
+    real: Tensor,
+    kept: Tensor,
+    offsets: tuple[Tensor, Tensor, Tensor],
+    anchor: int,
+    method: str,
+    q: float,
+    first: int,
+    last: int,
+    causal: bool,
+    seed: int,
+) -> Chosen:
+    """The choice of one anchor for a packed row.
+
+    ``offsets``: where sequences begin before and behind it, int32 (S + 1,); and in front of every
+    anchor, (anchors, S + 1) on the CPU.
+    """
+    rule = Rule(method, q, first, last, causal, seed)
+    ends = Offsets(offsets[0], offsets[1], offsets[2][anchor])
+    row = Segments.of(ends.before, real.shape[1])
+    return _chosen(choose_packed(rule, score, metric, row, ends, kept.shape[0]))
+
+
+def _chosen(found: Choice) -> Chosen:
+    return found.kept, found.rank, found.leaving, found.into, found.residual, found.mixer
 
 
 def left(
@@ -141,6 +175,12 @@ def weighted_mask(mask: Tensor | None, sizes: Tensor, causal: bool, like: Tensor
     return mask + bias
 
 
+def weights_of_keys(bias: Tensor | None, sizes: Tensor) -> Tensor:
+    """What is added to the scores of keys (N,) that count as often as ``sizes`` (1, N) says."""
+    own = sizes[0].log()
+    return own if bias is None else bias + own
+
+
 def score_output(name: str, y: Tensor, batch: int | None, token: int) -> Tensor:
     """A score (b, N) of a mixer's output, or of the stream."""
     return scores.of_output(name, rows_first(y.detach(), batch, token))
@@ -157,6 +197,13 @@ def score_first(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tens
     return scores.of_first(q.detach(), k.detach(), scale, row)
 
 
+def score_first_packed(
+    q: Tensor, k: Tensor, scale: float, offsets: Tensor, positions: Tensor, right: int
+) -> Tensor:
+    """What the first token of each sequence attends to (1, N)."""
+    return first_seen(q.detach(), k.detach(), scale, offsets, positions, right)
+
+
 def metric_of(y: Tensor, batch: int | None, token: int) -> Tensor:
     """What similarity is taken of: a mixer's output, its channels flattened (b, N, d)."""
     return rows_first(y.detach(), batch, token).flatten(2)
@@ -165,6 +212,11 @@ def metric_of(y: Tensor, batch: int | None, token: int) -> Tensor:
 def metric_of_keys(k: Tensor) -> Tensor:
     """The mean of keys (b, h, N, d) over heads (ToMe)."""
     return k.detach().mean(1)
+
+
+def metric_of_packed_keys(k: Tensor) -> Tensor:
+    """The same of packed keys (N, h, d): (1, N, d)."""
+    return k.detach().mean(1)[None]
 
 
 def pair(y: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,12 +230,15 @@ def gated(y: Tensor, z: Tensor) -> Tensor:
     return (y.to(wide) * silu(z.to(wide))).to(y.dtype)
 
 
-def aligned_scan(name: str, mode: str, at: Tensor, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def aligned_scan(
+    name: str, mode: str, at: Tensor, given: dict[str, Any], first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A scan in which the state passes over gaps of tokens that left.
 
     ``at`` (b, m): original positions. ``repeat``: a token's decay counts once more for each token
     missing in front of it; ``bias_gap``: each missing one decays by ``softplus(dt_bias)``, as a
-    token of zeros would. Only decays change: what a token writes is as it was.
+    token of zeros would. Only decays change: what a token writes is as it was. ``first``: of a
+    packed row, where its sequences began before any token left.
     """
     x, bias, dt_max = given["x"], given["dt_bias"], given.get("dt_max")
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -191,7 +246,9 @@ def aligned_scan(name: str, mode: str, at: Tensor, given: dict[str, Any]) -> tup
     steps = softplus(steps) if given["dt_softplus"] else steps
     if name == "ssd_scan":
         steps = steps.clamp(given["dt_min"], dt_max)
-    gap = gaps(at)[..., None].to(wide)
+    offsets = given.get("cu_seqlens")
+    missing = gaps(at) if offsets is None else gaps_packed(at, offsets, first)  # type: ignore[arg-type]
+    gap = missing[..., None].to(wide)
     if mode == "repeat" or bias is None:
         longer, share = steps * (1 + gap), (1 / (1 + gap)).expand_as(steps)
     else:
@@ -203,7 +260,7 @@ def aligned_scan(name: str, mode: str, at: Tensor, given: dict[str, Any]) -> tup
     plain: list[Any] = [inputs, longer, given["A"], B, C, None, None, None, False]
     plain += [0.0, None] if heads else []
     op = torch.ops.effpass.ssd_scan if heads else torch.ops.effpass.selective_scan
-    y, state = op.default(*plain, given["initial_state"], None)
+    y, state = op.default(*plain, given["initial_state"], offsets)
     if given["D"] is not None:
         y = y + (given["D"][:, None] if heads else given["D"]).to(wide) * x.to(wide)
     y = y if given["z"] is None else y * silu(given["z"].to(wide))

@@ -15,6 +15,7 @@ from effpass.ops import OPS
 from effpass.ops.nodes import called
 
 ATTENTION = "scaled_dot_product_attention"
+VARLEN = "varlen_attention"
 SHOWN = 8  # operations of a chain that are named
 
 
@@ -55,10 +56,15 @@ class Place:
 
 
 class Stream:
-    """Places of all tensors, by the axes that the first mixer names."""
+    """Places of all tensors, by the axes that the first mixer names.
 
-    def __init__(self, solution: Solution, batch: Dim, token: Dim, one_row: bool) -> None:
-        self.solution, self.one_row = solution, one_row
+    ``offsets``: of a packed row, the input that tells where its sequences begin, ``cu_seqlens``.
+    """
+
+    def __init__(
+        self, solution: Solution, batch: Dim, token: Dim, one_row: bool, offsets: Node | None
+    ) -> None:
+        self.solution, self.one_row, self.offsets = solution, one_row, offsets
         self._batch, self._token = batch, token
 
     @property
@@ -113,7 +119,12 @@ def effpass_op(node: Node) -> str:
 
 def is_mixer(node: Node) -> bool:
     """Whether a node mixes tokens in a way that is known: attention, a scan, a convolution."""
-    return opname(node) == ATTENTION or effpass_op(node) not in ("", "varlen_attention")
+    return attends(node) or bool(effpass_op(node))
+
+
+def attends(node: Node) -> bool:
+    """Whether a node is attention, of rows or of packed sequences."""
+    return opname(node) == ATTENTION or effpass_op(node) == VARLEN
 
 
 def first_operand(node: Node) -> Node:
@@ -133,9 +144,29 @@ def stream(gm: GraphModule) -> Stream:
     solution, node = solve(gm), mixers[0]
     source = first_operand(node)
     dims, shape = solution.dims(source), values(source)[0].shape
-    at = len(dims) - 2 if opname(node) == ATTENTION else 1
+    at = len(dims) - 2 if opname(node) == ATTENTION else int(effpass_op(node) != VARLEN)
     if single(shape[at]):
         raise Irreducible("one_token", node, "there is one token: nothing can leave")
-    if len(dims[at]) != 1 or len(dims[0]) > 1:
+    batch, one_row = (dims[0], single(shape[0])) if at else ((), True)
+    if len(dims[at]) != 1 or len(batch) > 1:
         raise Irreducible("cut", node, "a reshape cuts rows or tokens in parts")
-    return Stream(solution, dims[0], dims[at], single(shape[0]))
+    return Stream(solution, batch, dims[at], one_row, _offsets(mixers))
+
+
+def _offsets(mixers: list[Node]) -> Node | None:
+    """The input that tells all mixers where sequences begin; None where none is packed.
+
+    Torch's attention may stand among them: its own mask keeps sequences apart.
+    """
+    given = {n: OPS[effpass_op(n)].bind(*n.args, **n.kwargs) for n in mixers if effpass_op(n)}
+    found = {each["cu_seqlens"] for each in given.values()}
+    if found <= {None}:
+        return None
+    hint = "reduce rows of their own, or pack without reducing"
+    first = next(n for n, each in given.items() if each["cu_seqlens"] is not None)
+    offsets = given[first]["cu_seqlens"]
+    if found != {offsets} or any(e.get("cu_seqlens_k") is not None for e in given.values()):
+        raise Irreducible("packed", first, "not all of it is packed by the same boundaries", hint)
+    if offsets.op != "placeholder":
+        raise Irreducible("packed", first, "its boundaries are computed inside the graph", hint)
+    return offsets
