@@ -28,6 +28,7 @@ from effpass.chains import Axes
 from effpass.config import Config
 from effpass.debug import Stages
 from effpass.graph.clean import clean, graphs
+from effpass.graph.sizes import join_sizes
 from effpass.graph.source import layer, line, modules
 from effpass.graph.verify import VerificationError, verify
 from effpass.lower import in_place, lower, reference_form
@@ -38,7 +39,7 @@ from effpass.passes.boundaries import callers
 from effpass.passes.reduce_tokens import Forms as ReducedForms
 from effpass.passes.reduce_tokens import ReduceTokens
 from effpass.patterns.raising import raise_ops
-from effpass.report import Called, Chosen, Declined, GraphReport, Miss
+from effpass.report import Applied, Called, Chosen, Declined, GraphReport, Miss
 
 log = logging.getLogger("effpass")
 _NUMBERS = itertools.count()
@@ -86,6 +87,9 @@ def compile_graph(
         report.axes = _axes(graph)
     report.declined += _declined_functions(graph)
 
+    if config.passes:
+        join_sizes(graph)
+
     def finish() -> Callable[..., Any]:
         run = _packed(graph, inputs, config, report) or _in_runtime(graph, inputs, config, report)
         return run or _lowered(graph, before, inputs, config, report, stages)
@@ -93,12 +97,7 @@ def compile_graph(
     forms = _forms(config, report, whole=True, padded=marks.padded or not marks.names)
     rows = packed_rows.find_rows(graph, marks, forms, finish)
     if rows is not None and rows.what is not None:
-        report.applied.append(rows.what)
-        report.declined += _unpacked(config)
-        report.forms = rows.counts
-        _without_runtime(config, report)
-        if config.verify:
-            report.verified = "not run: a row runs as its boundaries tell"
+        _tell_rows(rows.what, rows.counts, config, report)
         report.nodes_after = len(graph.graph.nodes)
     report.declined += packed_rows.broken(gm, marks)
     run = rows or (finish() if marks.tells else callers.watched(graph, finish))
@@ -280,6 +279,16 @@ def _packed(
             report.reductions.append(found.reduction)
         return found.run
     return None
+
+
+def _tell_rows(what: Applied, counts: dict[str, int], config: Config, report: GraphReport) -> None:
+    """Records that a graph runs packed rows as their boundaries tell."""
+    report.applied.append(what)
+    report.declined += _unpacked(config)
+    report.forms = counts
+    _without_runtime(config, report)
+    if config.verify:
+        report.verified = "not run: a row runs as its boundaries tell"
 
 
 def _unpacked(config: Config) -> list[Declined]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import effpass
 from tests.models import packing
-from tests.models.zoo import enliven
+from tests.models.zoo import FAMILIES, enliven
 from tests.passes.paddings import paddings, real
 from tests.passes.test_pack_varlen import declined, ran
 from tests.tolerances import close
@@ -70,3 +70,21 @@ def test_real_tokens_and_gradients(name: str) -> None:
                 close(a, e, "zoo_gradient_fp32")
     assert ran(run) == {"plain": 0, "packed": 3}, declined(run)
     assert any("with their padding" in a.what for a in effpass.report(run).applied)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_tokens": {"keep": 0.8, "layers": [0]}}])
+@pytest.mark.parametrize("name", ["bert", "llama", "mamba2"])
+def test_rows_and_lengths_change_at_once(name: str, options: dict[str, Any]) -> None:
+    """As they do in the last batch of an epoch: ids and mask have symbols of their own."""
+    model, make_inputs = FAMILIES[name]()
+    run = torch.compile(model, backend="effpass", options=packing.OPTIONS | options)
+    for rows, tokens in ((4, 12), (3, 17), (2, 9), (5, 30)):
+        inputs = make_inputs(rows, tokens, True)
+        with torch.no_grad():
+            found, wanted = (f(**inputs)[0] for f in (run, model))
+        if not options:
+            mask = inputs["attention_mask"]
+            close(real(found, mask), real(wanted, mask), "zoo_fp32")
+    graphs = effpass.report(run).graphs
+    assert [graph.forms["packed"] for graph in graphs] == [1, 3]
+    assert not any(graph.forms["plain"] for graph in graphs)
