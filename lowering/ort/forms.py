@@ -33,7 +33,7 @@ FORMS: dict[str, dict[str, Fuse]] = {
 
 # the form of each piece, most wanted first: what one does not fit, the next may
 CHOSEN: dict[str, tuple[str, ...]] = {
-    "attention": (f"{CONTRIB}.Attention", f"{CONTRIB}.MultiHeadAttention"),
+    "attention": ("ai.onnx.Attention",),  # docs/results/onnx.json: the fastest of four
     "rotary": ("ai.onnx.RotaryEmbedding",),
     "gelu": (f"{CONTRIB}.BiasGelu",),
     "tanh_gelu": (f"{CONTRIB}.FastGelu",),
