@@ -10,6 +10,7 @@ busy machine slows all alike. Numbers of one run are compared with one another o
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
 import json
 import os
@@ -90,7 +91,9 @@ def forward(
     load_s, loaded = timed(lambda: effpass.OnnxModel(path))
     with torch.no_grad():
         expected = model(**kwargs).logits
+        exact = copy.deepcopy(model).double()(**kwargs).logits
     result: dict[str, Any] = {
+        "eager_error": error(exact, expected),  # of float32 itself, on this model
         "export_s": export_s,
         "load_s": load_s,
         "nodes": sum(made.operators.values()),

@@ -35,7 +35,7 @@ import effpass
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 METHODS = ("utrc", "evit", "tome", "pumer", "random", "prefix")
-SCORED = (("utrc", "clip_y"), ("evit", "clip_y"), ("evit", "l2"))
+SCORED = (("utrc", "dt_norm"), ("evit", "dt_norm"), ("evit", "l2"))
 LENGTHS = (128, 40)  # of recall's rows: filler for the most part, and hardly any
 CHOSEN = list(METHODS)  # --methods
 ASKED = 32  # bytes at the end of a window that are judged
