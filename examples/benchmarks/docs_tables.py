@@ -119,6 +119,7 @@ MEASURES = {
     "cosine": "cosine",
     "ranks": "rank correlation",
     "kept": "tokens kept",
+    "peak_mib": "MiB above the weights",
 }
 
 
@@ -130,6 +131,21 @@ def _spread(values: list[float]) -> str:
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Rows]]] = {
     "packing": ("packing.md", "packing.json", padding),
     "packed_training": ("packing.md", "packed_training.json", training),
+    "onnx": ("onnx.md", "onnx.json", onnx),
+    "operators": ("onnx.md", "onnx.json", operators),
+    "recall": ("token_reduction.md", "token_reduction.json", reduction("recall", ("accuracy",))),
+    "bytes": (
+        *("token_reduction.md", "token_reduction.json"),
+        reduction("bytes", ("bits_per_byte", "last_word")),
+    ),
+    "minilm": (
+        *("token_reduction.md", "token_reduction.json"),
+        reduction("minilm", ("kept", "cosine", "ranks")),
+    ),
+    "speed": (
+        *("token_reduction.md", "token_reduction.json"),
+        reduction("speed", ("median_s", "of_dense", "peak_mib")),
+    ),
 }
 
 
