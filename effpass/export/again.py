@@ -8,19 +8,17 @@ anew, so that nothing of the first program has to be patched.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule, Interpreter
 from torch.fx.traceback import preserve_node_meta
 
-from effpass.export.program import Dims, ExportError
+from effpass.export.program import Dims, ExportError, traced
 
 Given = dict[str, Any]
 
@@ -44,17 +42,8 @@ def exported_again(
         )
     module = _Held(program, graph, derive, inputs).eval()
     shapes = {n: dict.fromkeys(names.get(n, {}), Dim.AUTO) for n in inputs}
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export's own talk
-            return torch.export.export(
-                module, (), dict(inputs), dynamic_shapes=shapes, strict=False
-            )
-    except Exception as error:  # torch's own classes, many
-        text = str(error).strip().split("\n\n")[0]
-        raise ExportError(
-            f"the rewritten graph cannot be exported: {type(error).__name__}: {text}"
-        ) from error
+    failed = "the rewritten graph cannot be exported"
+    return traced(module, dict(inputs), shapes, False, failed)
 
 
 class _Held(nn.Module):

@@ -37,13 +37,13 @@ from effpass.export.program import (
     outputs_of,
     rewrite,
 )
+from effpass.export.runner import OFFSETS
 from effpass.lowering.ort.session import Session
 from effpass.passes.boundaries.honour import mixers, row_form
 from effpass.passes.boundaries.marks import RowError
 from effpass.report import Applied, Declined, GraphReport
 
 aten = torch.ops.aten
-OFFSETS = "cu_seqlens"
 TOLD = ("attention_mask", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
 ROWS = ((1, 2, 3), (5, 1, 8, 2), (3, 1, 17), (2, 2, 2, 11, 1), (1,), (9,))  # lengths of sequences
 TOKEN, SEQUENCE = "token", "sequence"

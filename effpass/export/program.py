@@ -78,15 +78,20 @@ def exported(model: nn.Module, example: dict[str, Any], names: Dims) -> Exported
     """The model as torch.export sees it, strictly, with these dims open. Raises ExportError."""
     shapes = {name: _spec(value, names.get(name, {})) for name, value in example.items()}
     known.install()
+    return traced(model, example, shapes, True, "torch.export cannot capture this model")
+
+
+def traced(
+    model: nn.Module, example: dict[str, Any], shapes: dict[str, Any], strict: bool, failed: str
+) -> ExportedProgram:
+    """What torch.export makes of a module; ExportError that begins with ``failed`` otherwise."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # attributes that libraries write to while they run
-            return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=True)
+            return torch.export.export(model, (), example, dynamic_shapes=shapes, strict=strict)
     except Exception as error:  # torch's own classes, many
         text = str(error).strip().split("\n\n")[0]
-        raise ExportError(
-            f"torch.export cannot capture this model: {type(error).__name__}: {text}"
-        ) from error
+        raise ExportError(f"{failed}: {type(error).__name__}: {text}") from error
 
 
 def named(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

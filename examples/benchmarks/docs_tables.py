@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from setting import ROOT
+from tables import between
 
 DOCS, END = ROOT / "docs", "<!-- end -->"
 NAMES = {"minilm": "MiniLM", "mamba1": "Mamba-1", "mamba2": "Mamba-2"}
@@ -90,8 +91,17 @@ def operators(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 OPERATORS = ("contrib", "portable", "eager")
 
 
-def reduction(part: str, measures: tuple[str, ...]) -> Callable[[dict[str, Any]], Rows]:
+REDUCTION = {  # what is shown of each part of token_reduction.json
+    "recall": ("accuracy",),
+    "bytes": ("bits_per_byte", "last_word"),
+    "minilm": ("kept", "cosine", "ranks"),
+    "speed": ("median_s", "of_dense", "peak_mib"),
+}
+
+
+def reduction(part: str) -> Callable[[dict[str, Any]], Rows]:
     """Rows of one part of ``token_reduction.json``; several models as mean and deviation."""
+    measures = REDUCTION[part]
 
     def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield ("", "method", "asked", "saved", *(MEASURES[name] for name in measures))
@@ -133,19 +143,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Rows]]] = {
     "packed_training": ("packing.md", "packed_training.json", training),
     "onnx": ("onnx.md", "onnx.json", onnx),
     "operators": ("onnx.md", "onnx.json", operators),
-    "recall": ("token_reduction.md", "token_reduction.json", reduction("recall", ("accuracy",))),
-    "bytes": (
-        *("token_reduction.md", "token_reduction.json"),
-        reduction("bytes", ("bits_per_byte", "last_word")),
-    ),
-    "minilm": (
-        *("token_reduction.md", "token_reduction.json"),
-        reduction("minilm", ("kept", "cosine", "ranks")),
-    ),
-    "speed": (
-        *("token_reduction.md", "token_reduction.json"),
-        reduction("speed", ("median_s", "of_dense", "peak_mib")),
-    ),
+    **{part: ("token_reduction.md", "token_reduction.json", reduction(part)) for part in REDUCTION},
 }
 
 
@@ -162,22 +160,12 @@ def _wordy(cell: str) -> bool:
     return not any(c.isdigit() for c in cell) or cell[:1].isalpha()
 
 
-def rewritten(page: str, name: str, body: str) -> str:
-    """``page`` with ``body`` between the markers of ``name``; ValueError without markers."""
-    begin = f"<!-- measured: {name} -->"
-    head, found, rest = page.partition(begin)
-    _, also, tail = rest.partition(END)
-    if not found or not also:
-        raise ValueError(f"expected {begin} and {END}, found them missing")
-    return f"{head}{begin}\n{body}\n{END}{tail}"
-
-
 def made(name: str) -> tuple[str, str]:
     """A page as it is, and with the table ``name`` written anew."""
     page, source, rows = TABLES[name]
     text = (DOCS / page).read_text()
     result = json.loads((DOCS / "results" / source).read_text())
-    return text, rewritten(text, name, table(rows(result)))
+    return text, between(text, f"<!-- measured: {name} -->", END, table(rows(result)))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables import summary, table
+from tables import between, summary, table
 
 ROOT = Path(__file__).parent.parent.parent
 RESULT = ROOT / "docs" / "results" / "compare.json"
@@ -15,11 +15,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 def rewritten(readme: str, result: dict[str, Any]) -> str:
     """``readme`` with the table of ``result`` between its markers; ValueError without markers."""
-    head, found, rest = readme.partition(BEGIN)
-    _, also, tail = rest.partition(END)
-    if not found or not also:
-        raise ValueError(f"expected {BEGIN} and {END} in README.md, found them missing")
-    return f"{head}{BEGIN}\n{table(result)}\n\n{summary(result)}\n{END}{tail}"
+    return between(readme, BEGIN, END, f"{table(result)}\n\n{summary(result)}")
 
 
 def main() -> None:

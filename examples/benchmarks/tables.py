@@ -22,6 +22,15 @@ SCAN_GOAL = 0.45  # of the time of one linear
 GROWTH_GOAL = 1.25  # time a token, longest over second length: linear
 
 
+def between(page: str, begin: str, end: str, body: str) -> str:
+    """``page`` with ``body`` between two markers; ValueError without them."""
+    head, found, rest = page.partition(begin)
+    _, also, tail = rest.partition(end)
+    if not found or not also:
+        raise ValueError(f"expected {begin} and {end} in the page, found them missing")
+    return f"{head}{begin}\n{body}\n{end}{tail}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The rows, with speed-ups, their goals where there are any, and parity with eager."""
     return "\n".join([*HEADER, *(_row(row) for row in result["rows"])])

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import docs_tables
 import memory
 import torch
 from rich.console import Console
@@ -251,30 +252,13 @@ def ranks(a: Tensor, b: Tensor) -> float:
 
 def show(result: dict[str, Any]) -> Iterator[Table]:
     """One table a part; over several models the mean and the spread."""
-    measures = {
-        "recall": ("accuracy",),
-        "bytes": ("bits_per_byte", "last_word"),
-        "speed": ("median_s", "of_dense", "peak_mib"),
-        "minilm": ("cosine", "ranks", "kept"),
-    }
-    for part, names in measures.items():
-        groups: dict[Any, list[Any]] = {}
-        for row in result.get(part, ()):
-            label = row.get("kind", row.get("model", ""))
-            groups.setdefault((label, row["method"], row["ratio"]), []).append(row)
-        if groups:
-            table = Table("", "method", "asked", "saved", *names, title=part)
-            for (label, method, ratio), rows in groups.items():
-                cells = [_cell([row[name] for row in rows]) for name in names]
-                table.add_row(
-                    label, method, f"{ratio:.0%}", _cell([r["saved"] for r in rows]), *cells
-                )
+    for part in docs_tables.REDUCTION:
+        if part in result:
+            titles, *rows = docs_tables.reduction(part)(result)
+            table = Table(*titles, title=part)
+            for row in rows:
+                table.add_row(*row)
             yield table
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def main() -> None:

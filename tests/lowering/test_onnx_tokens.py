@@ -16,7 +16,7 @@ from torch.onnx._internal.exporter._building import OpRecorder
 
 from effpass.lowering.ort.sort import sort
 from effpass.lowering.ort.token_matching import token_matching
-from effpass.passes.reduction.closest import closest as definition
+from effpass.ops.token_matching import closest as definition
 from tests.tolerances import close
 
 

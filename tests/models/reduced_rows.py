@@ -45,9 +45,9 @@ def ran(family: str, kind: str, model: nn.Module) -> tuple[Tensor, GraphReport]:
     return out[mask.bool()][None], report(run).graphs[-1]
 
 
-def alone(model: nn.Module) -> Tensor:
+def alone(model: nn.Module, **fields: Any) -> Tensor:
     """Outputs of every sequence by itself, reduced by the same options."""
-    run, found = compiled(model), []
+    run, found = compiled(model, **fields), []
     for each in rows.sequences(LENGTHS):
         row = each[None]
         maybe_mark_dynamic(row, 1)  # one compilation for all lengths

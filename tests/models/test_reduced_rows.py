@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import effpass
-from tests.models import reduced_rows, rows
+from tests.models import reduced_rows, reduction, rows
 from tests.models.zoo import FAMILIES
 from tests.tolerances import close
 
@@ -59,14 +59,7 @@ def test_every_method_on_given_rows(family: str, method: str) -> None:
     model, _ = FAMILIES[family]()
     ids = rows.sequences(reduced_rows.LENGTHS)
     with torch.no_grad():
-        expected = torch.cat(
-            [
-                rows.tokens(run(**packed(model, "", [each])))
-                for run in [reduced_rows.compiled(model, method=method)]
-                for each in ids
-            ],
-            1,
-        )
+        expected = reduced_rows.alone(model, method=method)
         run = reduced_rows.compiled(model, method=method)
         close(rows.tokens(run(**packed(model, family, ids))), expected, "zoo_fp32")
 
@@ -91,22 +84,9 @@ def test_a_row_of_one_sequence_is_reduced_as_any_row() -> None:
 def test_inductor_computes_what_eager_does(family: str) -> None:
     """Outputs and gradients over rows that change; three compilations at most a form."""
     model, _ = FAMILIES[family]()
-    weights = [p for p in model.parameters() if p.requires_grad]
-    found: dict[str, list[Any]] = {}
-    for compiler in ("eager", "inductor"):
-        torch._dynamo.reset()
-        options = {"reduce_tokens": reduced_rows.FIELDS, "compiler": compiler}
-        run = torch.compile(model, backend="effpass", options=options)
-        found[compiler] = []
-        for lengths in ([9, 5, 13], [7, 1, 20, 11]):
-            out = rows.tokens(run(**packed(model, family, rows.sequences(lengths))))
-            found[compiler].append(out)
-            found[compiler] += torch.autograd.grad(out.square().mean(), weights, allow_unused=True)
-    for mine, theirs in zip(found["inductor"], found["eager"], strict=True):
-        if theirs is None:  # AOTAutograd answers zeros for weights of outputs that nobody reads
-            assert mine is None or not mine.any()
-        else:
-            close(mine, theirs, "zoo_gradient_fp32")
+    lengths = ([9, 5, 13], [7, 1, 20, 11])
+    batches = [packed(model, family, rows.sequences(each)) for each in lengths]
+    reduction.compilers_agree(model, reduced_rows.FIELDS, batches, rows.tokens)
 
 
 @pytest.mark.slow

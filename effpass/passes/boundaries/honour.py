@@ -29,8 +29,9 @@ CACHE = "pass use_cache=False: a cache holds one state a row, not one a sequence
 UNCHECKED = "turn checkpointing off, or pad the sequences"
 APART = "pad the sequences, or give every sequence by itself"
 BY_INDEX = ("index", "index_put", "index_add", "index_select", "gather", "scatter", "scatter_add")
-SIZED = ("sym_size", "sym_numel", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros")
-SIZED += ("new_ones", "new_full", "new_empty", "rand_like", "randn_like")
+LIKE = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like")
+BESIDE = ("new_zeros", "new_ones", "new_full", "new_empty")
+SIZED = (*LIKE, *BESIDE, "sym_size", "sym_numel")  # they read a size, and no value
 AS_OTHER = ("expand_as", "view_as", "reshape_as", "type_as")
 EXPERTS = ("one_hot", "nonzero", "bincount", "histc")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,8 +107,8 @@ class Anchor:
             extra = ((r.stages[-1].offsets, r.offsets[number], r.host), number)
         return r.call(
             steps.chosen_packed if extra else steps.chosen,
-            *(score, metric, real, r.carriers[number], *extra, rule.method, float(rule.q)),
-            *(rule.protect_first, rule.protect_last, rule.causal, rule.seed + self.index),
+            *(score, metric, real, r.carriers[number], *extra),
+            astuple(replace(rule, seed=rule.seed + self.index)),
         )
 
     def _score(self, stage: int, whole: Node) -> Node:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effpass.passes.reduction.closest import closest
+from effpass.ops.token_matching import closest
 
 METHODS = ("utrc", "evit", "tome", "pumer", "random", "prefix")
 MERGING = ("utrc", "tome", "pumer")

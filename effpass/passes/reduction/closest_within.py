@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from effpass.passes.reduction.closest import closest
+from effpass.ops.token_matching import closest
 
 
 @torch.library.custom_op("effpass_tokens::closest_within", mutates_args=())

@@ -57,16 +57,12 @@ def chosen(
     metric: Tensor | None,
     real: Tensor,
     kept: Tensor,
-    method: str,
-    q: float,
-    first: int,
-    last: int,
-    causal: bool,
-    seed: int,
+    rule: tuple[Any, ...],
 ) -> Chosen:
-    """The choice of one anchor; ``kept`` has as many elements as tokens stay."""
-    rule = Rule(method, q, first, last, causal, seed)
-    return _chosen(choose(rule, score, metric, classes(real, first, last), kept.shape[0]))
+    """The choice of one anchor, of a Rule's fields; ``kept`` has one element a token that stays."""
+    made = Rule(*rule)
+    kinds = classes(real, made.protect_first, made.protect_last)
+    return _chosen(choose(made, score, metric, kinds, kept.shape[0]))
 
 
 def chosen_packed(
@@ -76,22 +72,16 @@ def chosen_packed(
     kept: Tensor,
     offsets: tuple[Tensor, Tensor, Tensor],
     anchor: int,
-    method: str,
-    q: float,
-    first: int,
-    last: int,
-    causal: bool,
-    seed: int,
+    rule: tuple[Any, ...],
 ) -> Chosen:
     """The choice of one anchor for a packed row.
 
     ``offsets``: where sequences begin before and behind it, int32 (S + 1,); and in front of every
     anchor, (anchors, S + 1) on the CPU.
     """
-    rule = Rule(method, q, first, last, causal, seed)
     ends = Offsets(offsets[0], offsets[1], offsets[2][anchor])
     row = Segments.of(ends.before, real.shape[1])
-    return _chosen(choose_packed(rule, score, metric, row, ends, kept.shape[0]))
+    return _chosen(choose_packed(Rule(*rule), score, metric, row, ends, kept.shape[0]))
 
 
 def _chosen(found: Choice) -> Chosen:
