@@ -120,6 +120,27 @@ def reduction(part: str) -> Callable[[dict[str, Any]], Rows]:
     return rows
 
 
+def margins(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """How far ``utrc`` is ahead of its rivals in the recall of each model, in points."""
+    yield ("", "asked", "utrc ahead of", "points, mean", "standard error", "models ahead")
+    groups: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
+    for row in result["recall"]:
+        at = groups.setdefault((row["kind"], row["ratio"]), {})
+        at.setdefault(row["method"], {})[row["model"]] = row["accuracy"]
+    last = ""
+    for (kind, ratio), methods in groups.items():
+        ours = methods.get("utrc", {})
+        for rival in RIVALS if ours else ():
+            ahead = [100 * (ours[model] - other) for model, other in methods[rival].items()]
+            error = statistics.stdev(ahead) / len(ahead) ** 0.5 if len(ahead) > 1 else 0.0
+            mean = statistics.fmean(ahead)
+            wins = f"{sum(each > 0 for each in ahead)} of {len(ahead)}"
+            title = "" if kind == last else kind
+            yield (title, f"{ratio:.0%}", rival, f"{mean:+.1f}", f"{error:.1f}", wins)
+            last = kind
+
+
+RIVALS = ("tome", "pumer", "evit", "random", "prefix")
 MEASURES = {
     "accuracy": "right answers",
     "bits_per_byte": "bits a byte",
@@ -143,6 +164,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], Rows]]] = {
     "packed_training": ("packing.md", "packed_training.json", training),
     "onnx": ("onnx.md", "onnx.json", onnx),
     "operators": ("onnx.md", "onnx.json", operators),
+    "margins": ("token_reduction.md", "token_reduction.json", margins),
     **{part: ("token_reduction.md", "token_reduction.json", reduction(part)) for part in REDUCTION},
 }
 

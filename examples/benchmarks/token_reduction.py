@@ -98,7 +98,7 @@ def recall(folder: Path, ratios: tuple[float, ...]) -> list[dict[str, Any]]:
             def judge(run: Run, task: Task = task) -> dict[str, float]:
                 return {"accuracy": accuracy(run, task)}
 
-            for row in scored(model, ratios, task.questions, judge):
+            for row in scored(model, ratios, task.pairs, judge):
                 rows.append({"model": path.stem, "kind": f"{kind}, {tokens} tokens", **row})
     return rows
 

@@ -200,6 +200,8 @@ def test_scores_by_hand() -> None:
     steps = torch.nn.functional.softplus(dt + 1.0)
     close(of_steps(dt, torch.ones(2), True), steps.norm(dim=-1), "kernel_fp32")
     close(of_steps(steps, None, False), steps.norm(dim=-1), "kernel_fp32")
+    clamped = of_steps(dt, torch.ones(2), True, 0.5, 1.0)
+    close(clamped, steps.clamp(0.5, 1.0).norm(dim=-1), "kernel_fp32")
 
 
 def test_first_query_is_the_row_of_attention() -> None:

@@ -133,7 +133,8 @@ class Anchor:
         dt = self.reducer.at(given["dt"], stage, mixer)
         bias = given["dt_bias"]
         bias = self.reducer.env[bias] if is_tensor(bias) else None
-        return self.reducer.call(steps.score_steps, dt, bias, bool(given["dt_softplus"]))
+        clamped = given.get("dt_min"), given.get("dt_max")
+        return self.reducer.call(steps.score_steps, dt, bias, bool(given["dt_softplus"]), *clamped)
 
     def _first_score(self, stage: int) -> Node:
         mixer, r = self.block.mixer, self.reducer

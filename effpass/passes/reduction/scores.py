@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+
+from effpass.ops.step_sizes import step_sizes
 
 SCORES = ("clip_y", "y", "l1", "l2", "dt_norm", "hidden_norm", "cls")
 
@@ -23,14 +24,22 @@ def of_output(name: str, y: Tensor) -> Tensor:
     return wide.abs().mean(-1) if name == "l1" else torch.linalg.vector_norm(wide, dim=-1)
 
 
-def of_steps(dt: Tensor, dt_bias: Tensor | None, positive: bool) -> Tensor:
+def of_steps(
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    positive: bool,
+    low: float | None = None,
+    high: float | None = None,
+) -> Tensor:
     """The norm of a scan's step sizes (b, N, d): how much a token writes (DeciMamba).
 
-    arXiv 2406.14528, section 4. ``positive``: softplus is still to be taken.
+    arXiv 2406.14528, section 4. ``positive``: softplus is still to be taken; ``low``, ``high``:
+    what the scan clamps them to.
     """
-    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    dt = dt if dt_bias is None else dt + dt_bias
-    return torch.linalg.vector_norm(softplus(dt) if positive else dt, dim=-1)
+    steps = step_sizes(dt, dt_bias, positive)
+    if low is not None or high is not None:
+        steps = steps.clamp(low, high)
+    return torch.linalg.vector_norm(steps, dim=-1)
 
 
 def of_first(q: Tensor, k: Tensor, scale: float, open: Tensor | None) -> Tensor:

@@ -176,9 +176,9 @@ def score_output(name: str, y: Tensor, batch: int | None, token: int) -> Tensor:
     return scores.of_output(name, rows_first(y.detach(), batch, token))
 
 
-def score_steps(dt: Tensor, dt_bias: Tensor | None, positive: bool) -> Tensor:
-    """The norm of step sizes (b, N)."""
-    return scores.of_steps(dt.detach(), None if dt_bias is None else dt_bias.detach(), positive)
+def score_steps(dt: Tensor, dt_bias: Tensor | None, *rule: Any) -> Tensor:
+    """The norm of step sizes (b, N); ``rule`` as of ``scores.of_steps``."""
+    return scores.of_steps(dt.detach(), None if dt_bias is None else dt_bias.detach(), *rule)
 
 
 def score_first(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
