@@ -32,6 +32,7 @@ from effpass.graph.verify import VerificationError as WiringError
 from effpass.lowering.ort import plan
 from effpass.lowering.ort.session import Session
 from effpass.passes.reduce_tokens import Forms, ReduceTokens
+from effpass.passes.reduction.choice import Rule
 from effpass.passes.reduction.run import carriers
 from effpass.report import Declined
 
@@ -114,7 +115,7 @@ def reduce(plain: Program, settings: ReduceTokens) -> tuple[Program, Shorter | N
         inputs, derive, sizes = _grown(given, dims), lambda each: each | fixed, ()
     else:
         source, dim = _source(plain, found)
-        lengths = _traced_with(plain, settings, source, dim, len(sizes))
+        lengths = _traced_with(plain, found.reducer.settings.rule, source, dim, len(sizes))
         called = dims[source][dim]
         inputs = _grown(given, dims, {called: lengths[0]})
         inputs |= dict(zip(sizes, carriers(lengths), strict=True))
@@ -152,14 +153,12 @@ def _grown(
     return made
 
 
-def _traced_with(
-    plain: Program, settings: ReduceTokens, source: str, dim: int, anchors: int
-) -> list[int]:
+def _traced_with(plain: Program, rule: Rule, source: str, dim: int, anchors: int) -> list[int]:
     """Lengths to export with, at which no part of a choice has 0 tokens or 1: the exporter would
     fix such a size. Raises ExportError where the model takes too few tokens for them."""
-    fewest = Fraction(2) / Fraction(str(settings.q)) if settings.q else 2
+    fewest = Fraction(2) / Fraction(str(rule.q)) if rule.q else 2
     leaving = [max(4, -(-fewest // 1)) + i for i in range(anchors)]
-    protected = settings.protect_first + settings.protect_last
+    protected = rule.protected
     node = next(n for n in plain.program.graph.find_nodes(op="placeholder") if n.target == source)
     size = node.meta["val"].shape[dim]
     tokens = max(plain.kwargs[source].shape[dim], sum(leaving) + 2 * leaving[-1] + protected + 4)

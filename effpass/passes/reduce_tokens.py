@@ -22,7 +22,7 @@ from effpass.graph.source import layer
 from effpass.graph.verify import cannot_run, difference, run_copy
 from effpass.passes.reduction.anchors import Settings
 from effpass.passes.reduction.blocks import Block, content, find_blocks
-from effpass.passes.reduction.choice import METHODS, Rule
+from effpass.passes.reduction.choice import METHODS, UNSCORED, Rule
 from effpass.passes.reduction.flops import Cost, cost
 from effpass.passes.reduction.mixers import ALIGNMENTS
 from effpass.passes.reduction.padding import ordered, padding_mask
@@ -55,6 +55,7 @@ LOOK_AHEAD = (
     "which tokens leave, and merges, look ahead: only the rows of the protected tail are valid "
     "predictions"
 )
+SCANS = ("selective_scan", "ssd_scan", "linear_recurrence")
 CAUSAL = "with a loss on other rows set causal=True"
 
 
@@ -104,11 +105,13 @@ class ReduceTokens:
     anchors is solved; or ``keep``: that keep ratio itself, above 0 and at most 1.
     ``method``: utrc, evit, tome, pumer, random or prefix. ``layers``: after which blocks tokens
     leave, counted from 0, or "auto". ``score``: what a token matters, one of SCORES; "auto" is
-    clip_y, for evit on attention that sees everything cls. ``q``: the share of leaving tokens that
-    utrc only prunes on the mixer branch. ``protect_first``, ``protect_last``: real tokens at the
-    ends of each row that never leave. ``alignment``: what scans do over gaps: hold, repeat or
-    bias_gap. ``output``: "restore", all rows come back to their full length. ``causal``: merge only
-    into later tokens and restore only from earlier ones. ``seed``: of the method random.
+    deviation, for evit clip_y, on attention that sees everything cls. ``q``: the share of leaving
+    tokens that utrc only prunes on the mixer branch; None is 0.5, and 1 in stacks of scans where
+    score is "auto". UTRC as published is score="clip_y", q=0.5; "auto" measures better.
+    ``protect_first``, ``protect_last``: real tokens at the ends of each row that never leave.
+    ``alignment``: what scans do over gaps: hold, repeat or bias_gap. ``output``: "restore", all
+    rows come back to their full length. ``causal``: merge only into later tokens and restore only
+    from earlier ones. ``seed``: of the method random.
 
     Raises ValueError and TypeError for values that cannot be, and, when a model is compiled,
     ValueError for a ratio that its anchors cannot reach or a block that it does not have.
@@ -119,7 +122,7 @@ class ReduceTokens:
     method: str = "utrc"
     layers: str | Sequence[int] = "auto"
     score: str = "auto"
-    q: float = 0.5
+    q: float | None = None
     protect_first: int = 0
     protect_last: int = 1
     alignment: str = "hold"
@@ -198,7 +201,8 @@ class ReduceTokens:
         costs = cost(gm, found, blocks, inside)
         mask = None if found.offsets else padding_mask(gm, found, inside, padded)
         causal = any(_ordered(b.mixer, found, mask) for b in blocks)
-        settings = Settings(self._rule(), anchors, self._score(causal), self.alignment)
+        rule = self._rule(any(effpass_op(blocks[i].mixer) in SCANS for i in anchors))
+        settings = Settings(rule, anchors, self._score(causal), self.alignment)
         reducer = Reducer(gm, found, blocks, settings, inside, mask)
         reduced = reducer.build()
         plan = self._plan(costs, anchors, length.hint)
@@ -212,12 +216,7 @@ class ReduceTokens:
         run = Reduced(sizes, *both, counts, names, warning)
         kept = [plan(length.hint)] if _fake(inputs) else sizes(inputs)
         record = _record(self, costs, blocks, kept, anchors, causal)
-        return Forms(gm, reduced, run, self._what(blocks, anchors), reducer, record)
-
-    def _what(self, blocks: list[Block], anchors: tuple[int, ...]) -> tuple[Applied]:
-        names = ", ".join(map(str, anchors))
-        what = f"{self.method}: fewer tokens behind blocks {names} of {len(blocks)}"
-        return (Applied(self.name, what, len(anchors), layer(blocks[anchors[0]].add)),)
+        return Forms(gm, reduced, run, _what(settings, blocks), reducer, record)
 
     def _anchors_of(self, blocks: list[Block]) -> tuple[int, ...]:
         if self.layers == "auto":
@@ -234,14 +233,18 @@ class ReduceTokens:
             )
         return anchors
 
-    def _rule(self) -> Rule:
+    def _rule(self, scanned: bool) -> Rule:
+        best = 1.0 if scanned and self.score == "auto" else 0.5
+        q = best if self.q is None else float(self.q)
         ends = (self.protect_first, self.protect_last)
-        return Rule(self.method, float(self.q), *ends, self.causal, self.seed)
+        return Rule(self.method, q, *ends, self.causal, self.seed)
 
     def _score(self, causal: bool) -> str:
         if self.score != "auto":
             return self.score
-        return "cls" if self.method == "evit" and not causal else "clip_y"
+        if self.method == "evit":
+            return "clip_y" if causal else "cls"
+        return "deviation"
 
     def _plan(
         self, costs: Cost, anchors: tuple[int, ...], tokens: int
@@ -308,6 +311,14 @@ def _ordered(mixer: Node, found: Stream, padding: Node | None) -> bool:
     if effpass_op(mixer) == VARLEN:
         return bool(arguments(mixer)["causal"])
     return ordered(mixer, found, padding) if opname(mixer) == ATTENTION else True
+
+
+def _what(settings: Settings, blocks: list[Block]) -> tuple[Applied]:
+    rule, anchors = settings.rule, settings.anchors
+    how = rule.method if rule.method in UNSCORED else f"{rule.method} by {settings.score}"
+    how = f"{how}, q={rule.q:g}" if rule.method == "utrc" else how
+    text = f"{how}: fewer tokens behind blocks {', '.join(map(str, anchors))} of {len(blocks)}"
+    return (Applied(ReduceTokens.name, text, len(anchors), layer(blocks[anchors[0]].add)),)
 
 
 def _record(

@@ -140,7 +140,7 @@ def margins(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             last = kind
 
 
-RIVALS = ("tome", "pumer", "evit", "random", "prefix")
+RIVALS = ("tome", "pumer", "evit", "random", "prefix", "utrc, published")
 MEASURES = {
     "accuracy": "right answers",
     "bits_per_byte": "bits a byte",

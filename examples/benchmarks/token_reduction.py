@@ -36,22 +36,25 @@ import effpass
 
 RATIOS = (0.0, 0.1, 0.2, 0.3)
 METHODS = ("utrc", "evit", "tome", "pumer", "random", "prefix")
-SCORED = (("utrc", "dt_norm"), ("evit", "dt_norm"), ("evit", "l2"))
+VARIANTS: dict[str, dict[str, Any]] = {
+    "utrc, published": {"method": "utrc", "score": "clip_y", "q": 0.5},
+    "utrc, l2": {"method": "utrc", "score": "l2", "q": 1.0},
+    "evit, l2": {"method": "evit", "score": "l2"},
+    "evit, deviation": {"method": "evit", "score": "deviation"},
+}
 LENGTHS = (128, 40)  # of recall's rows: filler for the most part, and hardly any
 CHOSEN = list(METHODS)  # --methods
 ASKED = 32  # bytes at the end of a window that are judged
 Run = Callable[..., Any]
 
 
-def arms(ratios: tuple[float, ...], scored: bool) -> Iterator[tuple[str, float, dict[str, Any]]]:
+def arms(ratios: tuple[float, ...], varied: bool) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """A name, the ratio and the options of every way to run a model."""
     yield "dense", 0.0, {}
-    names = [(method, "auto") for method in CHOSEN] + (list(SCORED) if scored else [])
-    for ratio in ratios:
-        for method, score in names:
-            name = method if score == "auto" else f"{method}, {score}"
-            if ratio:
-                yield name, ratio, {"method": method, "score": score, "ratio": ratio}
+    ways = {method: {"method": method} for method in CHOSEN} | (VARIANTS if varied else {})
+    for ratio in filter(None, ratios):
+        for name, options in ways.items():
+            yield name, ratio, {**options, "ratio": ratio}
 
 
 def compiled(model: nn.Module, options: dict[str, Any], compiler: str = "eager") -> Run:
@@ -73,7 +76,7 @@ def saved(run: Run) -> float:
 def scored(model: nn.Module, ratios: tuple[float, ...], protected: int, judge: Any) -> list[Any]:
     """Every arm's quality, as ``judge`` of the compiled model tells it."""
     rows = []
-    for name, ratio, options in arms(ratios, scored=True):
+    for name, ratio, options in arms(ratios, varied=True):
         ends = {"protect_last": protected} if options else {}
         run = compiled(model, options | ends)
         quality = judge(run)
@@ -172,7 +175,7 @@ def speed(tokens: int, layers: int, ratios: tuple[float, ...], rounds: int) -> l
         model = make().eval()
         head = nn.Linear(768, 2000, bias=False)
         ways = {}
-        for name, ratio, options in arms(ratios, scored=False):
+        for name, ratio, options in arms(ratios, varied=False):
             ways[name, ratio] = _compiled_apart(model, options)
         times: dict[Any, list[float]] = {key: [] for key in ways}
         peaks: dict[Any, float] = {}
@@ -233,7 +236,7 @@ def minilm(ratios: tuple[float, ...], count: int) -> list[Any]:
 
     full = embed(compiled(model, {}))
     rows = []
-    for name, ratio, options in arms(ratios, scored=False):
+    for name, ratio, options in arms(ratios, varied=False):
         run = compiled(model, options | {"protect_first": 1} if options else {})
         mine = embed(run)
         kept = [r.lengths for g in effpass.report(run).graphs for r in g.reductions]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 PANELS = (
-    ("recall", "accuracy", "associative recall"),
+    ("recall", "accuracy", "recall"),
     ("bytes", "bits_per_byte", "bits a byte, last 32 bytes"),
     ("minilm", "cosine", "MiniLM: cosine to full"),
 )
@@ -27,12 +28,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     times = defaultdict(list)
     for row in result.get("speed", ()):
         times[row["method"], row["ratio"]].append(row["of_dense"])
-    panels = [panel for panel in PANELS if result.get(panel[0])]
+    panels = list(_panels(result))
     if not panels:
         return
-    figure, axes = pyplot.subplots(len(panels), 2, figsize=(10, 3.2 * len(panels)), squeeze=False)
-    for (part, measure, title), (left, right) in zip(panels, axes, strict=True):
-        for method, points in _lines(result[part], measure).items():
+    figure, axes = pyplot.subplots(len(panels), 2, figsize=(10, 3 * len(panels)), squeeze=False)
+    for (rows, measure, title), (left, right) in zip(panels, axes, strict=True):
+        for method, points in _lines(rows, measure).items():
             left.plot([1 - p[1] for p in points], [p[2] for p in points], "o-", label=method)
             timed = [(fmean(times[method, p[0]]), p[2]) for p in points if times[method, p[0]]]
             if timed:
@@ -43,6 +44,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _panels(result: dict[str, Any]) -> Iterator[tuple[list[dict[str, Any]], str, str]]:
+    """The rows, the measure and the title of each panel: one a kind of model."""
+    for part, measure, title in PANELS:
+        kinds = defaultdict(list)
+        for row in result.get(part, ()):
+            kinds[row.get("kind", "")].append(row)
+        for kind, rows in kinds.items():
+            yield rows, measure, f"{title}: {kind}" if kind else title
 
 
 def _lines(rows: list[dict[str, Any]], measure: str) -> dict[str, list[tuple[float, ...]]]:

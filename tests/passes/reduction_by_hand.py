@@ -12,18 +12,26 @@ from tests.passes import reduction_oracle as oracle
 from tests.passes.small import WIDTH
 
 
-def scans(model: nn.Module, x: Tensor, keep: dict[int, float], q: float, last: int) -> Tensor:
+def scans(
+    model: nn.Module, x: Tensor, keep: dict[int, float], q: float, last: int, by: str = "clip_y"
+) -> Tensor:
     """``tests.tiny.Stack``, with fewer tokens behind the blocks of ``keep``."""
     whole = x.shape[1]
     reads = [list(range(whole)) for _ in x]
     for i, layer in enumerate(model.layers):  # type: ignore[arg-type]
         y, branch = _mixer(layer, x)
-        x, reads = _behind(x, branch, y, keep.get(i, 1.0), q, last, reads)
+        x, reads = _behind(x, branch, y, keep.get(i, 1.0), q, last, reads, by)
     return torch.stack([row[read] for row, read in zip(x, reads, strict=True)])
 
 
 def encoder(
-    model: Any, ids: Tensor, mask: Tensor, keep: float, last: int, q: float = 0.5
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    keep: float,
+    last: int,
+    q: float = 0.5,
+    by: str = "deviation",
 ) -> Tensor:
     """``tests.passes.small.Encoder``, with fewer tokens behind its first attention."""
     x = model.embed(ids) + model.positions(torch.arange(ids.shape[1]))
@@ -34,7 +42,7 @@ def encoder(
         rows = [_rows(bias, row, positions) for row, positions in enumerate(at)]
         y = torch.cat([_attention(layer, x[i : i + 1], rows[i]) for i in range(len(ids))])
         if i == 0:
-            found = _oracles(x, y, y, keep, q, last, mask != 0)
+            found = _oracles(x, y, y, keep, q, last, mask != 0, by)
             x = found[0] + found[1]
             at, reads = found[2], found[3]
         else:
@@ -54,16 +62,23 @@ def _mixer(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _behind(
-    x: Tensor, branch: Tensor, y: Tensor, keep: float, q: float, last: int, reads: list[list[int]]
+    x: Tensor,
+    branch: Tensor,
+    y: Tensor,
+    keep: float,
+    q: float,
+    last: int,
+    reads: list[list[int]],
+    by: str,
 ) -> tuple[Tensor, list[list[int]]]:
     real = torch.ones(x.shape[:2], dtype=torch.bool)
-    residual, mixer, _, now = _oracles(x, branch, y, keep, q, last, real)
+    residual, mixer, _, now = _oracles(x, branch, y, keep, q, last, real, by)
     joined = [[new[i] for i in old] for old, new in zip(reads, now, strict=True)]
     return residual + mixer, joined
 
 
 def _oracles(
-    x: Tensor, branch: Tensor, y: Tensor, keep: float, q: float, last: int, real: Tensor
+    x: Tensor, branch: Tensor, y: Tensor, keep: float, q: float, last: int, real: Tensor, by: str
 ) -> tuple[Tensor, Tensor, list[list[int]], list[list[int]]]:
     """Both branches with fewer tokens, positions that stay, and what every token reads."""
     tokens = x.shape[1]
@@ -73,7 +88,7 @@ def _oracles(
         places = [i for i in range(tokens) if real[row, i]]
         ends = places[len(places) - last :] if last else []
         kinds = [2 if i in ends else int(real[row, i]) for i in range(tokens)]
-        found = oracle.utrc(y[row].detach().flatten(1).numpy(), kinds, leaving, q, last)
+        found = oracle.utrc(y[row].detach().flatten(1).numpy(), kinds, leaving, q, last, by=by)
         residual.append(_merged(x[row], found, found.residual))
         mixer.append(_merged(branch[row], found, found.mixer))
         kept.append(found.kept)

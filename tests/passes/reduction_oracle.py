@@ -34,11 +34,20 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def utrc(
-    y: np.ndarray, kinds: list[int], leaving: int, q: float, protected: int, causal: bool = False
+    y: np.ndarray,
+    kinds: list[int],
+    leaving: int,
+    q: float,
+    protected: int,
+    causal: bool = False,
+    by: str = "clip_y",
 ) -> Result:
-    """One row: ``y`` (N, d), the kind of every token, how many leave."""
+    """One row: ``y`` (N, d), the kind of every token, how many leave, the score."""
     tokens = len(y)
     score = np.maximum(y, 0).mean(1)
+    if by == "deviation":
+        mean = y[[i for i in range(tokens) if kinds[i] != PADDING]].mean(0)
+        score = np.sqrt(((y - mean) ** 2).sum(1))
     order = sorted(range(tokens), key=lambda i: (kinds[i], score[i], i))
     sources = sorted(order[: (tokens - min(tokens, protected)) // 2])
     destinations = [i for i in range(tokens) if i not in sources and kinds[i] == REAL]

@@ -35,15 +35,20 @@ def codes(run: Any) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:.*only the rows of the protected tail")
-@pytest.mark.parametrize("q", [0.0, 0.5, 1.0])
-def test_scans_are_as_computed_by_hand(q: float) -> None:
-    """Two anchors, several lengths in one compiled model, outputs and gradients."""
+@pytest.mark.parametrize("q", [0.0, 0.5, 1.0, None])
+def test_scans_are_as_computed_by_hand(q: float | None) -> None:
+    """Two anchors, several lengths in one compiled model, outputs and gradients.
+
+    As published; q of None: as ``auto`` does it, by deviation and q = 1.
+    """
     model = stack()
-    run = compiled(model, keep=0.75, layers=[0, 1], q=q, protect_last=2)
+    how: dict[str, Any] = {} if q is None else {"q": q, "score": "clip_y"}
+    run = compiled(model, keep=0.75, layers=[0, 1], protect_last=2, **how)
+    by, q = ("deviation", 1.0) if q is None else ("clip_y", q)
     for tokens in (13, 20, 31):
         x = torch.randn(2, tokens, 8, requires_grad=True)
         actual = run(x)
-        expected = reduction_by_hand.scans(model, x, {0: 0.75, 1: 0.75}, q, 2)
+        expected = reduction_by_hand.scans(model, x, {0: 0.75, 1: 0.75}, q, 2, by)
         close(actual, expected, "model_fp32")
         inputs = (x, *model.parameters())
         pairs = [torch.autograd.grad(y.square().mean(), inputs) for y in (actual, expected)]
@@ -93,7 +98,7 @@ def test_nothing_asked_is_no_pass(options: dict[str, Any]) -> None:
     ("method", "score"),
     [
         *[(m, "auto") for m in ("utrc", "evit", "tome", "pumer", "random", "prefix")],
-        *[("evit", s) for s in ("dt_norm", "hidden_norm", "l1")],
+        *[("evit", s) for s in ("dt_norm", "hidden_norm", "l1", "deviation")],
     ],
 )
 def test_every_method_keeps_the_contract(method: str, score: str) -> None:

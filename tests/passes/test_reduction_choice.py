@@ -13,7 +13,13 @@ from torch import Tensor
 
 from effpass.passes.reduction.choice import METHODS, Choice, Rule, choose, classes
 from effpass.passes.reduction.merge import gaps, grown, merge, pick, step
-from effpass.passes.reduction.scores import of_first, of_output, of_steps
+from effpass.passes.reduction.scores import (
+    of_deviation,
+    of_deviation_within,
+    of_first,
+    of_output,
+    of_steps,
+)
 from tests.passes import reduction_oracle as oracle
 from tests.tolerances import close
 
@@ -196,6 +202,12 @@ def test_scores_by_hand() -> None:
     expected = {"clip_y": [1.5, 1.0], "y": [-0.5, 1.0], "l1": [3.5, 1.0], "l2": [5.0, 2**0.5]}
     for name, values in expected.items():
         close(of_output(name, y), torch.tensor([values]), "kernel_fp32")
+    real = torch.tensor([[True, True, False]])
+    row = torch.cat([y, torch.full((1, 1, 2), torch.nan)], 1)
+    close(of_deviation(row, real)[:, :2], torch.tensor([[7.25**0.5, 7.25**0.5]]), "kernel_fp32")
+    both = torch.cat([row, y], 1)[:, [0, 1, 3, 4]]
+    within = of_deviation_within(both, torch.tensor([0, 0, 2, 2]), 3)
+    close(within, torch.full((1, 4), 7.25**0.5), "kernel_fp32")
     dt = torch.tensor([[[0.0, 1.0]]])
     steps = torch.nn.functional.softplus(dt + 1.0)
     close(of_steps(dt, torch.ones(2), True), steps.norm(dim=-1), "kernel_fp32")

@@ -30,8 +30,8 @@ class Settings:
 
     rule: Rule
     anchors: tuple[int, ...]
-    score: str = "clip_y"
-    alignment: str = "hold"
+    score: str
+    alignment: str
 
     @property
     def merges(self) -> bool:
@@ -93,7 +93,8 @@ class Anchor:
             if not r.stream.full(source):
                 raise Irreducible("layout", add, "one side of its sum is not one value a token")
             own = r.stream.of(source)
-            branch = "residual" if source is self.block.residual else "mixer"
+            pruned = "none" if r.settings.rule.q == 1 else "mixer"
+            branch = "residual" if source is self.block.residual else pruned
             parts.append(r.leave(value, now, branch, own.batch, own.token))
         return r.graph.create_node("call_function", add.target, tuple(parts), dict(add.kwargs))
 
@@ -121,6 +122,10 @@ class Anchor:
         if name == "cls":
             return self._first_score(stage)
         place = self.reducer.stream.of(mixer)
+        if name == "deviation":
+            now = self.reducer.stages[-1]
+            args = (self._output, place.batch, place.token, now.real, now.offsets)
+            return self.reducer.call(steps.score_deviation, *args)
         return self.reducer.call(steps.score_output, name, self._output, place.batch, place.token)
 
     def _step_score(self, stage: int) -> Node:

@@ -176,6 +176,17 @@ def score_output(name: str, y: Tensor, batch: int | None, token: int) -> Tensor:
     return scores.of_output(name, rows_first(y.detach(), batch, token))
 
 
+def score_deviation(
+    y: Tensor, batch: int | None, token: int, real: Tensor, offsets: Tensor | None
+) -> Tensor:
+    """The score (b, N) of how unlike the others a token is, in its sequence of a packed row."""
+    rows = rows_first(y.detach(), batch, token)
+    if offsets is None:
+        return scores.of_deviation(rows, real)
+    number = Segments.of(offsets, rows.shape[1]).number
+    return scores.of_deviation_within(rows, number, offsets.shape[0] - 1)
+
+
 def score_steps(dt: Tensor, dt_bias: Tensor | None, *rule: Any) -> Tensor:
     """The norm of step sizes (b, N); ``rule`` as of ``scores.of_steps``."""
     return scores.of_steps(dt.detach(), None if dt_bias is None else dt_bias.detach(), *rule)
