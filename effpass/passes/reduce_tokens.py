@@ -107,7 +107,7 @@ class ReduceTokens:
     leave, counted from 0, or "auto". ``score``: what a token matters, one of SCORES; "auto" is
     deviation, for evit clip_y, on attention that sees everything cls. ``q``: the share of leaving
     tokens that utrc only prunes on the mixer branch; None is 0.5, and 1 in stacks of scans where
-    score is "auto". UTRC as published is score="clip_y", q=0.5; "auto" measures better in most cases.
+    score is "auto". UTRC as published is score="clip_y", q=0.5; "auto" mostly measures better.
     ``protect_first``, ``protect_last``: real tokens at the ends of each row that never leave.
     ``alignment``: what scans do over gaps: hold, repeat or bias_gap. ``output``: "restore", all
     rows come back to their full length. ``causal``: merge only into later tokens and restore only
